@@ -1,0 +1,63 @@
+# One command for each thing people do. `make` prints this list. Each target sets up what it needs on a fresh machine
+# that has Python 3.11+, git and make; the only network used is the package registry.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+VVENV  := .venv-vllm
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check slow real docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: $(VENV)/ready  ## DYPO's whole job on the embedded policy, about two minutes; run folder runs/demo
+	rm -rf runs/demo
+	$(BIN)/dypo run recipes/tiny.toml
+
+test: $(VENV)/ready check  ## checks, then every fast test
+	$(BIN)/python -m pytest -m "not slow and not vllm and not chromium"
+
+check: $(VENV)/ready  ## lint, format, types, import layers, recipes, rendered docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python docs/render.py --check
+
+docs: $(VENV)/ready  ## render docs/data.md and docs/recipe.md from schemas/
+	$(BIN)/python docs/render.py
+
+slow: $(VENV)/ready $(VVENV)/ready chromium  ## real components: kill -9, vLLM's CPU build, a real browser, the demo
+	$(BIN)/python -m pytest -m "slow or chromium" tests
+	$(VVENV)/bin/python -m pytest -m vllm tests/slow
+
+real: $(VENV)/ready-real  ## a real language model, real problems, two real teachers; under 40 minutes on 2 cores
+	$(BIN)/python data/real.py
+
+tiny-policy: $(VENV)/ready  ## make the embedded policy and its problems again (docs in data/tiny_policy)
+	$(BIN)/python data/make_tiny_policy.py
+
+venv-vllm: $(VVENV)/ready  ## a second environment with vLLM's CPU build, for the tests of the vllm engine
+
+chromium:
+	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium >/dev/null)
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/ready-real: $(VENV)/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
+	touch $@
+
+$(VVENV)/ready: constraints-vllm.txt
+	$(PYTHON) -m venv $(VVENV)
+	$(VVENV)/bin/python -m pip install -q --disable-pip-version-check -r constraints-vllm.txt
+	$(VVENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VVENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:  ## remove the environments and caches; run folders stay
+	rm -rf $(VENV) $(VVENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,351 @@
+"""The command `dypo`: parses, calls a stage, prints what it did. No other logic, and no heavy import at the top.
+
+Exit codes: 0 done; 2 refused before work (usage, recipe, data); 1 work began and failed; 130 interrupted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from schemas.errors import DypoError, UserError
+
+if TYPE_CHECKING:
+    from pipeline.context import Context
+    from pipeline.stage import Outcome
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="DYPO, offline first: generate, score, grade, train. Every rollout is a row of Parquet that SQL can ask about.",
+)
+
+Target = Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="a recipe (.toml) or a run folder")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+Round = Annotated[int | None, typer.Option("--round", min=0, help="the refresh round; default: the newest that fits")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key, for example train.method.alpha=0.3")]
+Regenerate = Annotated[bool, typer.Option("--regenerate", help="allow making again what is expensive; the old rows move to superseded/")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output")]
+
+
+def main() -> None:
+    """Entry point: turns errors of ours into one clear message and the promised exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=False)
+    except DypoError as e:
+        print(f"error: {e}", file=sys.stderr)
+        _leave(e.exit_code)
+    except typer.Exit as e:
+        _leave(e.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
+        _leave(130)
+    except Exception as e:
+        if hasattr(e, "exit_code") and hasattr(e, "format_message"):  # a usage error of the command line
+            e.show() if hasattr(e, "show") else print(e, file=sys.stderr)  # type: ignore[attr-defined]
+            _leave(2)
+        raise
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code == 0 and "duckdb" in sys.modules else sys.exit(code)
+
+
+@contextmanager
+def _writing(target: Path, overrides: list[str] | None) -> "Iterator[Context]":
+    """A run to write to: recipe parsed, folder locked, recipe saved before anything runs."""
+    from pipeline.context import load, save
+    from pipeline.store import lock
+
+    ctx = load(target, overrides)
+    with lock(ctx.run):
+        save(ctx)
+        yield ctx
+
+
+def _tell(outcomes: "Iterable[Outcome]", as_json: bool) -> None:
+    """Prints each outcome as it comes."""
+    for o in outcomes:
+        if as_json:
+            print(json.dumps(vars(o)), flush=True)
+        else:
+            facts = ", ".join(f"{k} {_short(v)}" for k, v in o.facts.items() if k not in ("rows_per_s", "policy"))
+            what = f"nothing to do ({o.why})" if o.action == "nothing" else f"{o.action} {o.rows} rows"
+            if o.action == "added":
+                what = f"added {o.added} rows ({o.rows} in all)"
+            if o.stage == "train" and o.action != "nothing":
+                what = "done"
+            failed = f", {o.failed} failed" if o.failed else ""
+            time = f" in {o.seconds:.1f} s" if o.seconds else ""
+            print(f"{o.partition}: {what}{failed}{time}{'  ' + facts if facts else ''}", flush=True)
+
+
+def _short(v: Any) -> str:
+    return " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else str(v)
+
+
+def _reference(ctx: "Context") -> Any:
+    """The trainer's own forward, which checks a vllm engine before it samples; none for hf, which is that forward."""
+    if ctx.recipe.rollouts.engine.type != "vllm":
+        return None
+    from trainer import api
+
+    return api.sequence_logprobs
+
+
+# ---------------------------------------------------------------- stages
+@app.command()
+def ingest(target: Target, set: Set = None, as_json: Json = False) -> None:
+    """Read problems into RUN/prompts; check every row and gold answer first."""
+    from pipeline.stages import ingest as stage
+
+    with _writing(target, set) as ctx:
+        _tell([stage.run(ctx)], as_json)
+
+
+@app.command()
+def generate(
+    what_or_target: Annotated[str, typer.Argument(metavar="[teachers|rollouts] RECIPE|RUN", help="leave the word out for both")],
+    target: Annotated[Path | None, typer.Argument(hidden=True)] = None,
+    round: Round = None,
+    set: Set = None,
+    regenerate: Regenerate = False,
+    as_json: Json = False,
+) -> None:
+    """Write teacher traces, then k rollouts a prompt from the current policy."""
+    from pipeline.stages import generate as stage
+
+    what = what_or_target if target is not None else "both"
+    if what not in ("teachers", "rollouts", "both"):
+        raise UserError(f"generate {what}: expected teachers or rollouts")
+    with _writing(target or Path(what_or_target), set) as ctx:
+        if what != "rollouts":
+            _tell(stage.teachers(ctx, regenerate=regenerate), as_json)
+        if what != "teachers":
+            r = ctx.next_round() if round is None else round
+            _tell([stage.rollouts(ctx, r, regenerate=regenerate, reference=_reference(ctx))], as_json)
+
+
+@app.command()
+def score(target: Target, round: Round = None, set: Set = None, as_json: Json = False) -> None:
+    """Judge the round's rollouts and every teacher's traces."""
+    from pipeline.flow import score_round
+
+    with _writing(target, set) as ctx:
+        _tell(score_round(ctx, ctx.newest_round() if round is None else round), as_json)
+
+
+@app.command()
+def grade(target: Target, round: Round = None, set: Set = None, as_json: Json = False) -> None:
+    """Grade the round (easy, mid, hard) and route it into shards, in SQL."""
+    from pipeline.stages import grade as stage
+
+    with _writing(target, set) as ctx:
+        _tell(stage.run(ctx, ctx.newest_round() if round is None else round), as_json)
+
+
+@app.command()
+def train(target: Target, round: Round = None, set: Set = None, regenerate: Regenerate = False, as_json: Json = False) -> None:
+    """Train one round on its shards; goes on where a killed run stopped."""
+    from pipeline.stages import train as stage
+    from trainer import api
+
+    with _writing(target, set) as ctx:
+        _tell(stage.run(ctx, ctx.newest_round() if round is None else round, api, regenerate=regenerate), as_json)
+
+
+@app.command()
+def refresh(target: Target, round: Round = None, set: Set = None, regenerate: Regenerate = False, as_json: Json = False) -> None:
+    """Rollouts, verdicts, grades and shards for the newest checkpoint."""
+    from pipeline.flow import refresh as flow
+
+    with _writing(target, set) as ctx:
+        r = ctx.trained_rounds() if round is None else round
+        _tell(flow(ctx, r, regenerate=regenerate, reference=_reference(ctx)), as_json)
+
+
+@app.command()
+def run(target: Target, set: Set = None, regenerate: Regenerate = False, as_json: Json = False) -> None:
+    """All stages, all rounds, evals before and after, and the report."""
+    from pipeline.flow import run_all
+    from trainer import api
+
+    with _writing(target, set) as ctx:
+        _tell(run_all(ctx, api, regenerate=regenerate, reference=_reference(ctx)), as_json)
+        path = _write_report(ctx)
+    if not as_json:
+        _summary(ctx, path)
+
+
+@app.command()
+def eval(
+    target: Target,
+    round: Round = None,
+    step: Annotated[int | None, typer.Option("--step", min=0, help="updates done; (round 0, step 0) is the base policy")] = None,
+    set: Set = None,
+    as_json: Json = False,
+) -> None:
+    """avg@n and pass@k with intervals on the eval suites; default: the newest checkpoint."""
+    from pipeline.flow import final_step
+    from pipeline.stages import evaluate
+
+    with _writing(target, set) as ctx:
+        if round is None and step is None and ctx.trained_rounds() == 0:
+            round = step = 0
+        r = ctx.trained_rounds() - 1 if round is None else round
+        s = (final_step(ctx, r) if ctx.round_end(r) else 0) if step is None else step
+        _tell(evaluate.run(ctx, r, s, reference=_reference(ctx)), as_json)
+
+
+# ---------------------------------------------------------------- looking
+@app.command()
+def plan(target: Target, set: Set = None, as_json: Json = False) -> None:
+    """What would run and why, with rows, tokens, disk and time. Runs nothing, writes nothing."""
+    from pipeline.context import load
+
+    _show_plan(load(target, set), as_json, existing=False)
+
+
+@app.command()
+def status(run: RunFolder, as_json: Json = False) -> None:
+    """What lies in the run, and what of it is stale."""
+    from pipeline.context import load
+
+    _show_plan(load(run), as_json, existing=True)
+
+
+@app.command()
+def sql(
+    run: RunFolder,
+    query: Annotated[str | None, typer.Argument(help="one SELECT; without it, an interactive prompt")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the run's tables in SQL (DuckDB, read-only)."""
+    from pipeline import shell
+    from pipeline.store import connect
+
+    if query is None:
+        shell.interactive(run, as_json)
+    else:
+        shell.show(shell.query(connect(run), query), as_json)
+
+
+@app.command()
+def explain(run: RunFolder, prompt_id: str, as_json: Json = False) -> None:
+    """Everything about one prompt: traces, rollouts, verdicts, grades, route, the steps that trained on it."""
+    from pipeline.explain import explain as look
+    from pipeline.explain import render_explain
+    from pipeline.store import connect
+
+    found = look(connect(run), prompt_id)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, default=str))
+    else:
+        from rich.console import Console
+
+        (Console() if sys.stdout.isatty() else Console(width=140)).print(render_explain(found))
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option("--out", help="default: RUN/report.html")] = None,
+) -> None:
+    """One self-contained HTML file with pictures; opens with no network."""
+    from pipeline.context import load
+
+    print(_write_report(load(run), out))
+
+
+# ---------------------------------------------------------------- printing
+def _write_report(ctx: "Context", out: Path | None = None) -> Path:
+    from pipeline.report import build_report
+    from pipeline.store import connect, partitions, publish
+    from schemas.tables import TABLES
+
+    manifests = [m for t in [*TABLES, "checkpoints"] for p in partitions(ctx.run, t) if (m := p.manifest())]
+    html = build_report(connect(ctx.run), ctx.recipe, manifests)
+    return publish(out or ctx.run / "report.html", lambda p: p.write_text(html))
+
+
+def _summary(ctx: "Context", report: Path) -> None:
+    """What `make demo` ends with: the evals, the grade mix by round, the report, three queries to try."""
+    from pipeline import shell
+    from pipeline.store import connect
+
+    con = connect(ctx.run)
+    run = _relative(ctx.run)
+    print("\nEvals (95 % intervals over problems)")
+    shell.show(shell.query(con, "select suite, metric, round, step, value, ci_low, ci_high, problems from evals order by all"), False)
+    print("\nGrade mix by round")
+    shell.show(
+        shell.query(con, "pivot (select round, grade, prompt_id from grades) on grade using count(*) group by round order by round"), False
+    )
+    print(f"\nReport: {_relative(report)}\n\nThree queries to try:")
+    for text in (
+        "select round, grade, count(*) from grades group by all order by all",
+        "select teacher, status, count(*) from scores where kind = 'trace' group by all order by all",
+        "select p.messages[1].content as prompt, r.text, s.status from rollouts r join scores s on s.id = r.rollout_id "
+        "join prompts p on p.prompt_id = r.prompt_id where s.status = 'wrong' order by r.round desc, r.rollout_id limit 5",
+    ):
+        print(f'  dypo sql {run} "{text}"')
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _show_plan(ctx: "Context", as_json: bool, existing: bool) -> None:
+    from pipeline.plan import plan as look
+
+    rows = [p for p in look(ctx) if not existing or p.have or p.state in ("done", "stale", "partial")]
+    if as_json:
+        for p in rows:
+            print(json.dumps(vars(p)))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    t = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for name in ("partition", "state", "rows", "to do", "tokens, at most", "disk, at most", "time", "why"):
+        t.add_column(name, overflow="fold", justify="right" if name in ("rows", "to do") else "left")
+    for p in rows:
+        due = p.state != "done"
+        t.add_row(
+            p.partition,
+            p.state,
+            f"{p.have:,}",
+            f"{p.rows:,}" if due and p.rows is not None else "",
+            f"{p.max_tokens:,}" if due and p.max_tokens else "",
+            f"{p.disk_bytes / 1e6:,.1f} MB" if due and p.disk_bytes else "",
+            f"{p.seconds:,.0f} s" if due and p.seconds is not None else "",
+            escape(p.why),
+        )
+    (Console() if sys.stdout.isatty() else Console(width=200)).print(t)
+    left = [p for p in rows if p.state != "done"]
+    if not existing:
+        print(f"{len(left)} of {len(rows)} partitions would be made")
+        print(_sizes(ctx))
+    elif not left:
+        print("up to date")
+
+
+def _sizes(ctx: "Context") -> str:
+    """The derived sizes of one optimizer step, so that nobody has to multiply."""
+    r = ctx.recipe
+    most = r.train.prompts_per_step * r.rollouts.k
+    return (
+        f"a step: {r.train.prompts_per_step} gated prompts, at most {most} sequences; a round: {r.train.steps} steps; "
+        f"the run: {r.rounds * r.train.steps} updates, learning rate {r.train.method.lr:g}, k {r.rollouts.k}"
+    )

@@ -1,0 +1,142 @@
+"""From what the user typed (a recipe or a run folder, overrides) to a run that stages can work on."""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from pipeline.policy import policy_id
+from pipeline.store import Partition, partition, partitions, publish
+from schemas.errors import UserError
+from schemas.manifest import Manifest
+from schemas.recipe import Recipe, parse_recipe
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run: its folder and its recipe, as resolved."""
+
+    run: Path
+    recipe: Recipe
+
+    @cached_property
+    def base_policy(self) -> str:
+        """Content id of the recipe's base policy."""
+        return policy_id(self.recipe.policy.model)
+
+    def part(self, table: str, **keys: str | int | None) -> Partition:
+        return partition(self.run, table, keys)
+
+    def round_end(self, round: int) -> Manifest | None:
+        """The manifest of a finished round of training."""
+        return self.part("checkpoints", round=round).manifest()
+
+    def policy_of(self, round: int) -> tuple[Path, str]:
+        """Folder and content id of the policy that a round samples: the base, or what the round before ended with."""
+        if round == 0:
+            return self.recipe.policy.model, self.base_policy
+        end = self.round_end(round - 1)
+        if end is None:
+            raise UserError(
+                f"{self.run}: round {round} samples the checkpoint that round {round - 1} ended with, and there is none. "
+                f"Run `dypo train {self.run} --round {round - 1}` first"
+            )
+        return self.checkpoint(round - 1, int(end.facts["steps"]))
+
+    def checkpoint(self, round: int, step: int) -> tuple[Path, str]:
+        """Folder and content id of a checkpoint; (round 0, step 0) is the base policy."""
+        if (round, step) == (0, 0):
+            return self.recipe.policy.model, self.base_policy
+        part = self.part("checkpoints", round=round, step=step)
+        manifest = part.manifest()
+        if manifest is None:
+            have = ", ".join(p.label for p in partitions(self.run, "checkpoints") if len(p.keys) == 2) or "none"
+            raise UserError(f"{part.folder}: no such checkpoint. There are: {have}")
+        return part.folder, str(manifest.facts["policy"])
+
+    def trained_rounds(self) -> int:
+        """Rounds of training finished, counted from 0 without a gap."""
+        n = 0
+        while self.round_end(n) is not None:
+            n += 1
+        return n
+
+    def newest_round(self) -> int:
+        """The newest round that has rollouts."""
+        rounds = [int(dict(p.keys)["round"]) for p in partitions(self.run, "rollouts")]
+        if not rounds:
+            raise UserError(f"{self.run}: no rollouts yet. Run `dypo generate {self.run}` first")
+        return max(rounds)
+
+    def next_round(self) -> int:
+        """The round whose rollouts are due: the one after the last trained round, within the recipe's rounds."""
+        return min(self.trained_rounds(), self.recipe.rounds - 1)
+
+
+def load(target: Path, overrides: list[str] | None = None) -> Context:
+    """A recipe file or a run folder, with `key=value` overrides. Relative paths are taken from the working directory."""
+    path = target / "recipe.toml" if target.is_dir() else target
+    if not path.exists():
+        what = "a folder without a recipe.toml, so not a run" if target.is_dir() else "no such file"
+        raise UserError(f"{target}: {what}. Give a recipe (recipes/tiny.toml) or a run folder (runs/demo)")
+    try:
+        data = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid TOML: {e}") from None
+    for item in overrides or []:
+        _set(data, item)
+    recipe = parse_recipe(data, str(path))
+    recipe = parse_recipe(_absolute(recipe), str(path))
+    run = target.resolve() if target.is_dir() else recipe.run
+    return Context(run, recipe.model_copy(update={"run": run}))
+
+
+def save(ctx: Context) -> None:
+    """Writes RUN/recipe.toml as resolved, if it says something else than what is there."""
+    data = ctx.recipe.model_dump(mode="json", exclude_none=True)
+    text = tomli_w.dumps(data)
+    path = ctx.run / "recipe.toml"
+    if not path.exists() or path.read_text() != text:
+        publish(path, lambda p: p.write_text(text))
+
+
+def _set(data: dict[str, Any], item: str) -> None:
+    """Applies one `dotted.key=value`; the value is TOML, or a plain string if it is not. Lists are indexed by number or name."""
+    key, eq, text = item.partition("=")
+    if not eq or not key:
+        raise UserError(f"--set {item}: expected dotted.key=value, for example --set grade.easy_max_failures=1")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node: Any = data
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            match = [v for i, v in enumerate(node) if part in (str(i), v.get("name"))]
+            if not match:
+                raise UserError(f"--set {item}: no entry {part!r} in that list")
+            node = match[0]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise UserError(f"--set {item}: {part!r} stands below a value, not a table")
+    if not isinstance(node, dict):
+        raise UserError(f"--set {item}: {last!r} does not name a key of a table")
+    node[last] = value
+
+
+def _absolute(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as data with every Path absolute, so that a run folder can be used from any working directory."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value.expanduser().absolute())
+        if isinstance(value, dict):
+            return {k: walk(v) for k, v in value.items() if v is not None}
+        return [walk(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return walk(recipe.model_dump())

@@ -1,0 +1,51 @@
+"""From a recipe's teacher to the engine that writes its traces, and what its rows depend on besides the recipe.
+
+Besides engines/base.py, these engines have `complete` (False: a sample that is not produced is absent, not failed) and
+may set `note`, one line about what they found, by the time that the first list comes.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.engines.base import Engine
+from schemas.recipe import OpenAIEngine, ProgramEngine, Teacher
+
+
+class TeacherEngine(Engine, Protocol):
+    """An engine that may have nothing for some samples."""
+
+    complete: bool
+
+
+def teacher_engine(teacher: Teacher) -> TeacherEngine:
+    """The teacher's engine. UserError if its file, program or package is missing, before any work."""
+    who = f"teacher '{teacher.name}'"
+    config = teacher.engine
+    if isinstance(config, ProgramEngine):
+        from pipeline.engines.program import ProgramTeacher
+
+        return ProgramTeacher(config.program, who)
+    if isinstance(config, OpenAIEngine):
+        from pipeline.engines.openai import OpenAITeacher
+
+        return OpenAITeacher(config, who)
+    from pipeline.engines.replay import ReplayTeacher
+
+    return ReplayTeacher(config, who)
+
+
+def content_id(teacher: Teacher) -> str | None:
+    """sha256 of the file that the traces come from or are computed by; None for built-ins and servers."""
+    from pipeline.sources import files_digest
+
+    config = teacher.engine
+    if isinstance(config, OpenAIEngine):
+        return None
+    if isinstance(config, ProgramEngine):
+        import hashlib
+
+        from pipeline.engines.program import user_file
+
+        path: Path | None = user_file(config.program, f"teacher '{teacher.name}'")
+        return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    return files_digest(config.path)

@@ -1,0 +1,49 @@
+"""The order of the stages: what `dypo run` and `dypo refresh` do, as a list of named stages. Each can be run alone."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.context import Context
+from pipeline.stage import Outcome
+from pipeline.stages import evaluate, generate, grade, ingest, score, train
+
+
+def score_round(ctx: Context, round: int) -> list[Outcome]:
+    """Verdicts on the round's rollouts and on every teacher's traces."""
+    rollouts = [("rollout", ctx.part("rollouts", round=round))]
+    named = [("trace", ctx.part("traces", teacher=t.name)) for t in ctx.recipe.teachers]
+    return score.run(ctx, rollouts + named)
+
+
+def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:
+    """On-policy refresh: rollouts, verdicts, grades and shards for the round that samples the newest checkpoint."""
+    yield generate.rollouts(ctx, round, regenerate=regenerate, reference=reference)
+    yield from score_round(ctx, round)
+    yield from grade.run(ctx, round)
+
+
+def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:
+    """All stages, all rounds; what is there already under the same fingerprint is passed over."""
+    yield ingest.run(ctx)
+    yield from generate.teachers(ctx, regenerate=regenerate)
+    if ctx.recipe.eval.suites:
+        yield from evaluate.run(ctx, 0, 0, reference=reference)
+    for round in range(ctx.recipe.rounds):
+        yield from refresh(ctx, round, regenerate=regenerate, reference=reference)
+        yield from train.run(ctx, round, trainer, regenerate=regenerate)
+        if due_for_eval(ctx, round):
+            yield from evaluate.run(ctx, round, final_step(ctx, round), reference=reference)
+
+
+def due_for_eval(ctx: Context, round: int) -> bool:
+    """Whether `run` evaluates after this round: always after the last, and every `eval.every_rounds` before it."""
+    every = ctx.recipe.eval.every_rounds
+    last = round == ctx.recipe.rounds - 1
+    return bool(ctx.recipe.eval.suites) and (last or (every > 0 and (round + 1) % every == 0))
+
+
+def final_step(ctx: Context, round: int) -> int:
+    """Updates done when a round ended."""
+    end = ctx.round_end(round)
+    assert end is not None
+    return int(end.facts["steps"])

@@ -1,0 +1,18 @@
+-- checks/shards.sql
+-- grain: one row per offending sequence in `routed` (what a routing query returned). Zero rows = pass.
+-- reads: routed, prompts. parameters: none.
+select r.route, r.prompt_id, r.item_id,
+    case
+        when p.prompt_id is null or p.split <> 'train' then 'not a train prompt'
+        when r.route not in ('rl', 'sft') then 'route is neither rl nor sft'
+        when r.route = 'rl' and r.group_size <> count(*) over (partition by r.route, r.prompt_id) then 'the group is not whole'
+        when r.route = 'rl' and r.old_logprobs is null then 'an rl row without old_logprobs'
+        when r.route = 'rl' and len(r.old_logprobs) <> len(r.tokens) then 'old_logprobs and tokens differ in length'
+        when len(r.tokens) = 0 then 'no response token'
+        when not (isfinite(r.w_sft) and isfinite(r.w_grpo) and isfinite(r.w_gal) and isfinite(r.advantage)) then 'a weight is not finite'
+        when least(r.w_sft, r.w_grpo, r.w_gal) < 0 then 'a weight is negative'
+    end as why
+from routed as r
+left join prompts as p on p.prompt_id = r.prompt_id
+qualify why is not null
+order by all

@@ -1,0 +1,71 @@
+-- grade.sql
+-- grain: one row per prompt with rollouts in $round.
+-- reads: rollouts, scores, fitting_traces (verified traces, tokenised with the policy's tokenizer; column n_tokens).
+-- parameters: $round, $k, $hard_max_successes, $easy_max_failures, $max_tokens, $unjudged_to_routes.
+-- Integer success counts decide, never a reward or a float: a shaped reward must not move a prompt between grades.
+-- A verdict that could not be had counts as not correct, but its group is routed nowhere unless the recipe says otherwise.
+with verdicts as (
+    select
+        r.prompt_id,
+        r.policy,
+        s.correct,
+        s.status in ('timeout', 'error', 'gold_bad') as unjudged,
+        len(r.prompt_tokens) + len(r.tokens) as n_tokens
+    from rollouts as r
+    inner join scores as s on s.kind = 'rollout' and s.id = r.rollout_id
+    where r.round = $round and r.sample < $k
+),
+groups as (
+    select
+        prompt_id,
+        min(policy) as policy,
+        cast(count(*) as integer) as k,
+        cast(count(*) filter (where correct) as integer) as successes,
+        cast(count(*) filter (where unjudged) as integer) as unjudged,
+        max(n_tokens) as longest
+    from verdicts
+    group by prompt_id
+),
+verified as (
+    select
+        prompt_id,
+        cast(count(*) filter (where n_tokens <= $max_tokens) as integer) as fitting,
+        count(*) as found
+    from fitting_traces
+    group by prompt_id
+),
+graded as (
+    select
+        g.*,
+        case
+            when g.successes <= $hard_max_successes then 'hard'
+            when g.k - g.successes <= $easy_max_failures then 'easy'
+            else 'mid'
+        end as grade,
+        coalesce(v.fitting, 0) as traces,
+        coalesce(v.found, 0) as found
+    from groups as g
+    left join verified as v on v.prompt_id = g.prompt_id
+)
+select
+    prompt_id,
+    cast($round as integer) as round,
+    cast($round as integer) as source_round,
+    policy,
+    k,
+    successes,
+    unjudged,
+    grade,
+    traces,
+    case
+        when k < $k then 'incomplete_group'
+        when unjudged > 0 and not $unjudged_to_routes then 'unjudged'
+        when grade = 'easy' then 'easy'
+        when grade = 'mid' and longest <= $max_tokens then 'rl'
+        when grade = 'mid' then 'too_long'
+        when traces > 0 then 'sft'
+        when found > 0 then 'too_long'
+        else 'no_verified_trace'
+    end as reason
+from graded
+order by prompt_id

@@ -1,0 +1,239 @@
+"""generate: teacher traces, and k rollouts of the current policy. One work list, one anti-join, any engine.
+
+The engine gets the whole work list and the set of finished samples (engines/base.py); each list that it yields becomes
+one part file. What it could not produce is counted and tried again by the next run.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.context import Context
+from pipeline.engines.base import Ask, Engine, Failure, Sample, Sampling
+from pipeline.progress import progress
+from pipeline.stage import Outcome, Spec, begin, current, finish, finished, need, nothing, parts_of
+from pipeline.store import Partition, read_parts
+from schemas.errors import UserError, WorkError
+from schemas.ids import row_id, seed_from
+from schemas.recipe import Teacher
+from schemas.tables import ARROW
+
+Reference = Callable[[list[int], list[int], float], list[float]]
+Messages = list[dict[str, str]]
+RUNNING = ("concurrency", "timeout_s", "retries", "max_failed", "path", "api_key_env", "base_url")
+
+
+# ---------------------------------------------------------------- teachers
+def teacher_spec(ctx: Context, teacher: Teacher) -> Spec:
+    """Depends on the teacher's engine and sampling; samples and prompts are the work list."""
+    from pipeline.engines.teachers import content_id
+
+    engine = teacher.engine.model_dump(mode="json", exclude=set(RUNNING))
+    if (content := content_id(teacher)) is not None:
+        engine |= {"content": content}
+    part = ctx.part("traces", teacher=teacher.name)
+    return Spec("teachers", part, {"engine": engine}, {}, ctx.recipe.seed, expensive=teacher.engine.type == "openai")
+
+
+def prompt_rows(ctx: Context, split: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The prompts of one split, in the order of their ids."""
+    need(ctx.run, "prompts", {}, command=f"dypo ingest {ctx.run}")
+    names = ["prompt_id", "messages", "answer", "metadata", "split", "source", *columns]
+    rows = read_parts(ctx.part("prompts").files(), "prompts", names).to_pylist()
+    return sorted((r for r in rows if r["split"] == split), key=lambda r: r["prompt_id"])
+
+
+def asks(rows: Iterable[dict[str, Any]], samples: int, seed_parts: tuple) -> list[Ask]:
+    """One Ask for each prompt, its seed a function of (seed_parts, prompt_id)."""
+    return [
+        Ask(
+            r["prompt_id"],
+            r["messages"],
+            tuple(range(samples)),
+            seed_from(*seed_parts, r["prompt_id"]),
+            r["answer"],
+            json.loads(r["metadata"] or "{}"),
+        )
+        for r in rows
+    ]
+
+
+def teachers(ctx: Context, *, regenerate: bool = False) -> list[Outcome]:
+    """Every teacher's traces for the train prompts."""
+    if not ctx.recipe.teachers:
+        return []
+    rows = prompt_rows(ctx, "train")
+    return [_teacher(ctx, teacher, rows, regenerate) for teacher in ctx.recipe.teachers]
+
+
+def _teacher(ctx: Context, teacher: Teacher, rows: list[dict[str, Any]], regenerate: bool) -> Outcome:
+    from pipeline.engines.teachers import teacher_engine
+
+    it = teacher_spec(ctx, teacher)
+    work = asks(rows, teacher.samples, (ctx.recipe.seed, "teacher", teacher.name))
+    seeds = {a.prompt_id: a.seed for a in work}
+
+    def row(s: Sample) -> dict[str, Any]:
+        made_by = (s.prompt_id, teacher.name, s.sample, seeds[s.prompt_id], it.fingerprint)
+        return {
+            "trace_id": row_id(*made_by), "prompt_id": s.prompt_id, "teacher": teacher.name, "sample": s.sample,
+            "text": s.text, "finish_reason": s.finish_reason, "model": s.model, "sampling": s.sampling,
+        }  # fmt: skip
+
+    allowed = teacher.engine.max_failed if teacher.engine.type == "openai" else 0.0
+    return _generate(it, work, lambda: teacher_engine(teacher), row, allowed, regenerate)
+
+
+# ---------------------------------------------------------------- rollouts
+def round_prompts(ctx: Context, round: int) -> list[dict[str, Any]]:
+    """The round's prompts: all train prompts, or `prompts_per_round` of them drawn from (seed, round)."""
+    rows = prompt_rows(ctx, "train")
+    n = ctx.recipe.rollouts.prompts_per_round
+    if n is None or n >= len(rows):
+        return rows
+    drawn = sorted(rows, key=lambda r: seed_from(ctx.recipe.seed, "round", round, r["prompt_id"]))[:n]
+    return sorted(drawn, key=lambda r: r["prompt_id"])
+
+
+def sampling_config(ctx: Context, policy: str, sampling: Sampling) -> dict[str, Any]:
+    """The part of a policy engine's settings that its rows depend on."""
+    engine = ctx.recipe.rollouts.engine
+    config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": engine.type, **vars(sampling)}
+    return config | ({"seeded": engine.seeded} if engine.type == "vllm" else {})
+
+
+def rollout_spec(ctx: Context, round: int) -> Spec:
+    r = ctx.recipe.rollouts
+    _, policy = ctx.policy_of(round)
+    config = sampling_config(ctx, policy, Sampling(r.temperature, r.top_p, r.max_tokens))
+    return Spec("rollouts", ctx.part("rollouts", round=round), config, {}, ctx.recipe.seed, expensive=True)
+
+
+def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: Callable | None = None) -> Outcome:
+    """k rollouts of the round's policy for each of the round's prompts."""
+    r = ctx.recipe.rollouts
+    rows = round_prompts(ctx, round)
+    work = asks(rows, r.k, (ctx.recipe.seed, round))
+    sampling = Sampling(r.temperature, r.top_p, r.max_tokens)
+    return sample_policy(
+        ctx, rollout_spec(ctx, round), work, sampling, ctx.policy_of(round), {"round": round},
+        regenerate=regenerate, reference=reference,
+    )  # fmt: skip
+
+
+def sample_policy(
+    ctx: Context,
+    it: Spec,
+    work: list[Ask],
+    sampling: Sampling,
+    policy: tuple[Any, str],
+    keys: dict[str, Any],
+    *,
+    regenerate: bool = False,
+    reference: Callable | None = None,
+) -> Outcome:
+    """Rollouts of one policy into one partition; training and evaluation both come through here."""
+    from dataclasses import replace
+
+    from pipeline.policy import Renderer
+
+    folder, policy_id = policy
+    renderer = Renderer(folder)
+    engine_config = ctx.recipe.rollouts.engine
+    work = [replace(a, prompt_tokens=renderer.prompt_tokens(a.messages)) for a in work]
+    by_id = {a.prompt_id: a for a in work}
+
+    def engine() -> Engine:
+        if engine_config.type == "vllm":
+            from pipeline.engines.vllm import VLLMSampler
+
+            return VLLMSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer, reference=reference)
+        from pipeline.engines.hf import HFSampler
+
+        return HFSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer)
+
+    seeded = engine_config.type != "vllm" or engine_config.seeded
+
+    def row(s: Sample) -> dict[str, Any]:
+        ask = by_id[s.prompt_id]
+        seed = ask.seed if seeded else None
+        made_by = (s.prompt_id, policy_id, s.sample, seed, vars(sampling), engine_config.type, keys)
+        return {
+            "rollout_id": row_id(*made_by), "prompt_id": s.prompt_id, "sample": s.sample, "policy": policy_id,
+            "text": s.text, "prompt_tokens": ask.prompt_tokens, "tokens": s.tokens, "logprobs": s.logprobs,
+            "finish_reason": s.finish_reason, "engine": engine_config.type, "temperature": sampling.temperature,
+            "top_p": sampling.top_p, "seed": seed, **keys,
+        }  # fmt: skip
+
+    return _generate(it, work, engine, row, 0.0, regenerate)
+
+
+# ---------------------------------------------------------------- both
+def _generate(
+    it: Spec,
+    work: list[Ask],
+    make_engine: Callable[[], Engine],
+    row: Callable[[Sample], dict[str, Any]],
+    max_failed: float,
+    regenerate: bool,
+) -> Outcome:
+    """begin -> anti-join -> engine -> parts -> manifest."""
+    started = time.monotonic()
+    if not work:
+        raise UserError(f"{it.partition.label}: there is no prompt to generate for")
+    begin(it, regenerate=regenerate)
+    done = frozenset(finished(it, ("prompt_id", "sample")))
+    wanted = [(a.prompt_id, s) for a in work for s in a.samples]
+    todo = [w for w in wanted if w not in done]
+    if not todo and current(it) and not it.partition.loose(it.fingerprint):
+        return nothing(it)
+    failures: list[Failure] = []
+    if todo:
+        engine = make_engine()
+        with progress(it.partition.label, len(wanted), len(wanted) - len(todo)) as bar:
+            try:
+                tokens = 0
+                for batch in engine.run(work, done):
+                    failures += [s for s in batch if isinstance(s, Failure)]
+                    samples = [s for s in batch if isinstance(s, Sample)]
+                    if samples:
+                        _write(it.partition, it.fingerprint, [row(s) for s in samples])
+                    tokens += sum(len(s.tokens or ()) for s in samples)
+                    rate = f"{tokens / (time.monotonic() - started):,.0f} tok/s" if tokens else ""
+                    bar.advance(len(batch), rate)
+            except KeyboardInterrupt:
+                raise
+        _judge_failures(it, failures, len(wanted), max_failed)
+    if not parts_of(it):
+        raise WorkError(f"{it.partition.label}: the engine produced no row at all for {len(wanted)} samples")
+    outcome = finish(it, failed=len(failures), started=started)
+    if outcome.added == 0 and outcome.failed == 0 and outcome.action == "added":
+        return nothing(it)
+    return outcome
+
+
+def _write(part: Partition, fingerprint: str, rows: list[dict[str, Any]]) -> None:
+    part.write(pa.Table.from_pylist(rows, schema=ARROW[part.table]), fingerprint)
+
+
+def _judge_failures(it: Spec, failures: list[Failure], wanted: int, max_failed: float) -> None:
+    if len(failures) > max_failed * wanted:
+        first = failures[0]
+        raise WorkError(
+            f"{it.partition.label}: {len(failures)} of {wanted} samples failed for good (at most {max_failed:.0%} may). "
+            f"First: prompt {first.prompt_id}, sample {first.sample}: {first.why}. Finished rows are kept; run the same "
+            "command again to try the missing ones"
+        )
+
+
+def check_training_rows(rows: pa.Table, label: str) -> None:
+    """UserError if rollouts were sampled in a way that training cannot correct for."""
+    bad = [v for v in set(rows.column("top_p").to_pylist()) if v != 1.0]
+    if bad:
+        raise UserError(
+            f"{label}: rollouts were sampled with top_p = {bad[0]}; training needs top_p = 1 (truncated sampling has "
+            "another support). Generate them again with top_p = 1"
+        )

@@ -1,0 +1,215 @@
+"""grade: verdicts -> grades (no method in them), then the method's routing query -> gated shards.
+
+Both are .sql files; a recipe can name its own. Python does the one thing SQL cannot: it tokenises verified traces with
+the policy's tokenizer, and refuses a tokenizer that disagrees with the rollouts' prompt tokens.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pipeline.context import Context
+from pipeline.policy import Renderer
+from pipeline.stage import Outcome, Spec, current, make_table, need, nothing
+from pipeline.store import open_views, sql
+from schemas.errors import UserError
+from schemas.ids import digest
+from schemas.tables import ARROW, IDS, S
+
+if TYPE_CHECKING:
+    import duckdb
+
+FITTING = pa.schema(
+    [
+        ("trace_id", S), ("prompt_id", S), ("teacher", S), ("sample", pa.int32()), ("prompt_tokens", IDS), ("tokens", IDS),
+        ("n_tokens", pa.int64()), ("finish_reason", S), ("reward", pa.float64()),
+    ]
+)  # fmt: skip
+
+
+def query_text(own: Path | None, built_in: str) -> str:
+    """The recipe's own query, or ours. UserError if the file is not there."""
+    if own is None:
+        return sql(built_in)
+    if not own.exists():
+        raise UserError(f"{own}: no such query file (named by the recipe)")
+    return own.read_text()
+
+
+def grade_spec(ctx: Context, round: int) -> Spec:
+    """Depends on the thresholds, the query's text, and every row that it reads."""
+    g = ctx.recipe.grade
+    config = {
+        **g.model_dump(mode="json", exclude={"query"}),
+        "k": ctx.recipe.rollouts.k,
+        "query": digest(query_text(g.query, "grade")),
+        "tokenizer_of": ctx.base_policy,
+    }
+    parents = {}
+    for table, keys in _inputs(ctx, round):
+        part = ctx.part(table, **keys)
+        manifest = part.manifest()
+        if manifest is None:
+            raise UserError(f"{part.folder}: not there or not finished. Run `dypo score {ctx.run} --round {round}` first")
+        parents[part.label] = manifest.identity
+    return Spec("grade", ctx.part("grades", round=round), config, parents, 0)
+
+
+def _inputs(ctx: Context, round: int) -> list[tuple[str, dict[str, Any]]]:
+    teachers = [t.name for t in ctx.recipe.teachers]
+    return [
+        ("prompts", {}),
+        ("rollouts", {"round": round}),
+        ("scores", {"kind": "rollout", "round": round}),
+        *(("traces", {"teacher": t}) for t in teachers),
+        *(("scores", {"kind": "trace", "teacher": t}) for t in teachers),
+    ]
+
+
+def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
+    """Depends on the grades and the method's gates; never on alpha, gamma or another of the trainer's numbers."""
+    method = ctx.recipe.train.method
+    config = {
+        "method": method.type,
+        "advantage": method.grpo.advantage,
+        "eps": method.grpo.eps,
+        "query": digest(query_text(method.query, f"route_{method.type}")),
+    }
+    return Spec("route", ctx.part("shards", round=round, route=route), config, {f"grades/round={round}": grades}, 0)
+
+
+def run(ctx: Context, round: int) -> list[Outcome]:
+    """Grades one round and routes it."""
+    for table, keys in _inputs(ctx, round):
+        need(ctx.run, table, keys, command=f"dypo score {ctx.run} --round {round}")
+    it = grade_spec(ctx, round)
+    if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):
+        return [nothing(it), *(nothing(r) for r in _route_specs(ctx, round, it))]
+    traces = _fitting_traces(ctx, round)
+    graded = nothing(it) if current(it) else _grade(ctx, round, it, _connection(ctx, traces))
+    return [graded, *_route(ctx, round, _route_specs(ctx, round, it), _connection(ctx, traces))]
+
+
+def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
+    grades = graded.partition.manifest()
+    assert grades is not None
+    return [route_spec(ctx, round, route, grades.identity) for route in ("rl", "sft")]
+
+
+def _connection(ctx: Context, traces: pa.Table) -> "duckdb.DuckDBPyConnection":
+    """Views of the run as it is now, and the tokenised traces as the table `fitting_traces`."""
+    con = open_views(ctx.run)
+    con.execute("set threads = 1")  # byte-equal aggregates; grading is far from being the slow part
+    con.register("fitting_traces_arrow", traces)
+    con.execute("create table fitting_traces as select * from fitting_traces_arrow")
+    return con
+
+
+def _fitting_traces(ctx: Context, round: int) -> pa.Table:
+    """Verified traces of the round's prompts as token ids: prompt as the rollouts have it, text, end-of-sequence.
+
+    Traces of a teacher that the recipe no longer names stay on disk and out of the result.
+    """
+    con = open_views(ctx.run)
+    renderer = Renderer(ctx.recipe.policy.model)
+    _refuse_another_tokenizer(ctx, con, renderer, round)
+    named = {t.name for t in ctx.recipe.teachers}
+    found = con.execute(sql("verified_traces"), {"round": round}).to_arrow_table().to_pylist()
+    found = [r for r in found if r["teacher"] in named]
+    rows = []
+    for r in found:
+        tokens = renderer.trace_tokens(r["prompt_tokens"], r["text"])
+        rows.append(
+            {
+                **{k: r[k] for k in ("trace_id", "prompt_id", "teacher", "sample", "prompt_tokens", "finish_reason", "reward")},
+                "tokens": tokens,
+                "n_tokens": len(r["prompt_tokens"]) + len(tokens),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=FITTING)
+
+
+def _refuse_another_tokenizer(ctx: Context, con: "duckdb.DuckDBPyConnection", renderer: Renderer, round: int) -> None:
+    """UserError if the policy's tokenizer or template does not give the prompt tokens that the rollouts have."""
+    query = (
+        "select r.prompt_id, p.messages, min(r.prompt_tokens) as tokens from rollouts r join prompts p using (prompt_id) "
+        "where r.round = $round group by all order by all"
+    )
+    for row in con.execute(query, {"round": round}).to_arrow_table().to_pylist():
+        now = renderer.prompt_tokens(row["messages"])
+        if now != row["tokens"]:
+            raise UserError(
+                f"{ctx.part('rollouts', round=round).folder}: prompt {row['prompt_id']} was sampled as tokens "
+                f"{row['tokens'][:8]}..., but the tokenizer of {ctx.recipe.policy.model} renders {now[:8]}...: another "
+                "tokenizer or chat template. Use the policy that made the rollouts, or generate them again"
+            )
+
+
+def _grade(ctx: Context, round: int, it: Spec, con: "duckdb.DuckDBPyConnection") -> Outcome:
+    started = time.monotonic()
+    unscored = con.execute(sql("checks/unscored_rollouts"), {"round": round}).to_arrow_table()
+    if unscored.num_rows:
+        raise UserError(
+            f"rollouts/round={round}: {unscored.num_rows} rollouts have no verdict (first: "
+            f"{unscored.column('rollout_id')[0]}). Run `dypo score {ctx.run} --round {round}` first"
+        )
+    g = ctx.recipe.grade
+    rows = _ask(
+        con, query_text(g.query, "grade"), "grades", str(g.query or "grade.sql"),
+        round=round, k=ctx.recipe.rollouts.k, hard_max_successes=g.hard_max_successes,
+        easy_max_failures=g.easy_max_failures, max_tokens=g.max_tokens, unjudged_to_routes=g.unjudged_to_routes,
+    )  # fmt: skip
+    return make_table(it, rows, facts={"grades": _counts(rows, "grade"), "reasons": _counts(rows, "reason")}, started=started)
+
+
+def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyConnection") -> list[Outcome]:
+    started = time.monotonic()
+    method, g = ctx.recipe.train.method, ctx.recipe.grade
+    rows = _ask(
+        con, query_text(method.query, f"route_{method.type}"), "shards", str(method.query or f"route_{method.type}.sql"),
+        round=round, k=ctx.recipe.rollouts.k, max_tokens=g.max_tokens, advantage_scale=method.grpo.advantage,
+        eps=method.grpo.eps,
+    )  # fmt: skip
+    con.register("routed_arrow", rows)
+    con.execute("create table routed as select * from routed_arrow")
+    bad = con.execute(sql("checks/shards")).to_arrow_table().to_pylist()
+    if bad:
+        raise UserError(
+            f"{method.query or method.type}: the routing query returned {len(bad)} rows that cannot be trained on; first: "
+            f"{bad[0]['route']} {bad[0]['item_id']} of prompt {bad[0]['prompt_id']}: {bad[0]['why']}"
+        )
+    outcomes = []
+    for it in specs:
+        route = dict(it.partition.keys)["route"]
+        mine = rows.filter(pa.compute.equal(rows.column("route"), route))
+        prompts = len(set(mine.column("prompt_id").to_pylist()))
+        tokens = sum(len(t) for t in mine.column("tokens").to_pylist())
+        outcomes.append(make_table(it, mine, facts={"prompts": prompts, "response_tokens": tokens}, started=started))
+    return outcomes
+
+
+def _ask(con: "duckdb.DuckDBPyConnection", text: str, table: str, name: str, **parameters: Any) -> pa.Table:
+    """Runs a grading or routing query with those of the parameters it names; the result must have the table's columns."""
+    import duckdb
+
+    used = {k: v for k, v in parameters.items() if f"${k}" in text}
+    try:
+        got = con.execute(text, used).to_arrow_table()
+    except duckdb.Error as e:
+        raise UserError(f"{name}: DuckDB refused the query: {e}. It may use the parameters {', '.join(parameters)}") from None
+    want = ARROW[table]
+    missing = [n for n in want.names if n not in got.column_names]
+    if missing:
+        raise UserError(f"{name}: the result lacks {', '.join(missing)}; the columns of {table} are {', '.join(want.names)}")
+    try:
+        return got.select(want.names).cast(want)
+    except (pa.ArrowInvalid, ValueError, pa.ArrowNotImplementedError) as e:
+        raise UserError(f"{name}: the result does not fit table {table}: {e}") from None
+
+
+def _counts(rows: pa.Table, column: str) -> dict[str, int]:
+    from collections import Counter
+
+    return dict(sorted(Counter(rows.column(column).to_pylist()).items()))

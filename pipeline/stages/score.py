@@ -1,0 +1,144 @@
+"""score: verdicts on rollouts, traces and eval rollouts, all by the same code in the same pool."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.context import Context
+from pipeline.progress import progress
+from pipeline.scorers import Item, VerdictPool
+from pipeline.scorers import version as scorer_version
+from pipeline.stage import Outcome, Spec, begin, current, finish, finished, need, nothing
+from pipeline.store import Partition, partitions, read_parts, sha256_file
+from schemas.errors import UserError, WorkError
+from schemas.scorers import UserScorer
+from schemas.tables import ARROW
+
+BATCH = 2048  # rows in one part file, and so what a kill can cost
+
+
+def judged(ctx: Context, kind: str) -> list[Partition]:
+    """The complete partitions that verdicts of this kind are about."""
+    return partitions(ctx.run, {"rollout": "rollouts", "trace": "traces", "eval": "eval_rollouts"}[kind])
+
+
+def spec(ctx: Context, kind: str, source: Partition) -> Spec:
+    """Depends on the verifiers, the judged rows' settings and the gold answers."""
+    manifest = source.manifest()
+    prompts = ctx.part("prompts").manifest()
+    if manifest is None or prompts is None:
+        raise UserError(f"{source.folder}: not there or not finished; nothing to score")
+    verifiers = {
+        name: {**v.model_dump(mode="json"), "version": scorer_version(v), **_user_code(v)}
+        for name, v in sorted(ctx.recipe.score.verifiers.items())
+    }
+    part = ctx.part("scores", kind=kind, **dict(source.keys))
+    parents = {source.label: manifest.fingerprint, "prompts": prompts.identity}
+    return Spec("score", part, {"verifiers": verifiers, "timeout_s": ctx.recipe.score.timeout_s}, parents, 0)
+
+
+def _user_code(verifier: Any) -> dict[str, str]:
+    if not isinstance(verifier, UserScorer):
+        return {}
+    path = Path(verifier.function.rpartition(":")[0])
+    return {"code": sha256_file(path), "function": verifier.function.rpartition(":")[2]} if path.exists() else {}
+
+
+def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
+    """Scores some partitions, given with their kind. One pool serves them all and starts only when there is work."""
+    pool: VerdictPool | None = None
+    outcomes = []
+    try:
+        for kind, source in sources:
+            started = time.monotonic()
+            need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
+            it = spec(ctx, kind, source)
+            begin(it)
+            id_column = "trace_id" if kind == "trace" else "rollout_id"
+            done = {i for (i,) in finished(it, ("id",))}
+            todo = _rows(source, id_column, done)
+            if not todo and current(it) and not it.partition.loose(it.fingerprint):
+                outcomes.append(nothing(it))
+                continue
+            if todo and pool is None:
+                s = ctx.recipe.score
+                pool = VerdictPool(s.verifiers, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb).__enter__()
+            if todo and pool is not None:
+                _score(ctx, it, kind, source, todo, pool, len(done))
+            outcomes.append(_finish(it, started))
+    finally:
+        if pool is not None:
+            pool.__exit__(None, None, None)
+    for outcome in outcomes:
+        _refuse_a_broken_verifier(ctx, outcome)
+    return outcomes
+
+
+def _rows(source: Partition, id_column: str, done: set[str]) -> list[dict[str, Any]]:
+    rows = read_parts(source.files(), source.table, [id_column, "prompt_id", "text", "finish_reason"])
+    return sorted((r for r in rows.to_pylist() if r[id_column] not in done), key=lambda r: r[id_column])
+
+
+def _score(ctx: Context, it: Spec, kind: str, source: Partition, todo: list, pool: VerdictPool, done: int) -> None:
+    prompts = {r["prompt_id"]: r for r in read_parts(ctx.part("prompts").files(), "prompts").to_pylist()}
+    keys = {"kind": kind, "round": None, "step": None, "suite": None, "teacher": None, **dict(source.keys)}
+    id_column = "trace_id" if kind == "trace" else "rollout_id"
+    with progress(it.partition.label, done + len(todo), done) as bar:
+        for batch in _batches(todo):
+            items = [_item(r[id_column], r, prompts[r["prompt_id"]]) for r in batch]
+            verdicts = pool.score(items)
+            rows = [
+                {
+                    **keys, "id": item.id, "prompt_id": r["prompt_id"], "status": v.status, "reward": v.reward,
+                    "correct": v.correct, "extracted": v.extracted, "verifier": item.verifier,
+                    "verifier_version": scorer_version(ctx.recipe.score.verifiers[item.verifier]),
+                    "elapsed_ms": v.elapsed_ms, "detail": v.detail,
+                }
+                for r, item, v in zip(batch, items, verdicts, strict=True)
+            ]  # fmt: skip
+            it.partition.write(pa.Table.from_pylist(rows, schema=ARROW["scores"]), it.fingerprint)
+            bar.advance(len(rows))
+
+
+def _batches(rows: list) -> Iterator[list]:
+    for start in range(0, len(rows), BATCH):
+        yield rows[start : start + BATCH]
+
+
+def _item(id: str, row: dict[str, Any], prompt: dict[str, Any]) -> Item:
+    return Item(
+        id=id,
+        text=row["text"],
+        answer=prompt["answer"],
+        verifier=prompt["verifier"],
+        finish_reason=row["finish_reason"],
+        prompt=prompt["messages"][-1]["content"],
+        metadata=json.loads(prompt["metadata"] or "{}"),
+        source=prompt["source"],
+    )
+
+
+def _finish(it: Spec, started: float) -> Outcome:
+    from collections import Counter
+
+    from pipeline.stage import parts_of
+
+    statuses = read_parts(parts_of(it), "scores", ["status"]).column("status").to_pylist()
+    counts = dict(sorted(Counter(statuses).items()))
+    failed = counts.get("timeout", 0) + counts.get("error", 0)
+    return finish(it, facts={"statuses": counts}, failed=failed, started=started)
+
+
+def _refuse_a_broken_verifier(ctx: Context, outcome: Outcome) -> None:
+    """WorkError when so many verdicts are missing that grading on the rest would mislead. The rows stay."""
+    allowed = ctx.recipe.score.max_failed
+    if outcome.rows and outcome.failed > allowed * outcome.rows:
+        raise WorkError(
+            f"{outcome.partition}: {outcome.failed} of {outcome.rows} verdicts are timeout or error (score.max_failed = "
+            f"{allowed}). See `dypo sql {ctx.run} \"select status, detail, count(*) from scores group by all\"`; mend the "
+            "verifier or raise score.timeout_s, and score again"
+        )

@@ -1,0 +1,286 @@
+"""train: one round's shards -> checkpoints, draws and metrics. Everything here is files; the arithmetic is the trainer's.
+
+The trainer is passed in by the CLI (`Trainer`), since pipeline and trainer never import each other. Its first sub-stage
+writes the log-probs of the reference policy as rows, so that the loop holds one model.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from pipeline.context import Context
+from pipeline.policy import policy_id
+from pipeline.progress import Progress, progress
+from pipeline.stage import (
+    Outcome,
+    Spec,
+    begin,
+    changes,
+    code_revision,
+    current,
+    describe,
+    finish,
+    finished,
+    found_fingerprint,
+    move,
+    need,
+    nothing,
+    superseded,
+)
+from pipeline.store import MANIFEST, Partition, fsync_folder, partition, partitions, read_parts
+from schemas.errors import UserError, WorkError
+from schemas.ids import rows_digest
+from schemas.manifest import Manifest
+from schemas.tables import ARROW
+
+
+class Trainer(Protocol):
+    """What the CLI passes in: the module `trainer.api`."""
+
+    def train_round(self, **job: Any) -> Any: ...
+
+    def reference_logprobs(self, model: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int) -> Iterator[pa.Table]: ...
+
+
+def spec(ctx: Context, round: int) -> Spec:
+    """Depends on the shards' rows, the starting policy, and every number that the gradient or the schedule sees."""
+    train = ctx.recipe.train.model_dump(mode="json", exclude={"checkpoint_every": True, "method": {"query"}})
+    _, start = ctx.policy_of(round)
+    parents = {}
+    for route in ("rl", "sft"):
+        part = ctx.part("shards", round=round, route=route)
+        manifest = part.manifest()
+        if manifest is None:
+            raise UserError(f"{part.folder}: not there or not finished. Run `dypo grade {ctx.run} --round {round}` first")
+        parents[part.label] = manifest.identity
+    config = {
+        "train": train, "rounds": ctx.recipe.rounds, "start": start, "base": ctx.base_policy, "dtype": ctx.recipe.policy.dtype,
+    }  # fmt: skip
+    return Spec("train", ctx.part("checkpoints", round=round), config, parents, ctx.recipe.seed, expensive=True)
+
+
+def needs_reference(ctx: Context) -> bool:
+    """Whether the method compares with the base policy's log-probs."""
+    method = ctx.recipe.train.method
+    weight = method.gal_weight if method.gal_weight is not None else 1 - method.alpha
+    return method.gal.ref == "init" and weight > 0
+
+
+def logprob_spec(ctx: Context, round: int) -> Spec:
+    rl = ctx.part("shards", round=round, route="rl").manifest()
+    assert rl is not None
+    config = {"model": ctx.base_policy, "dtype": ctx.recipe.policy.dtype}
+    part = ctx.part("logprobs", round=round, role="ref")
+    return Spec("logprobs", part, config, {f"shards/round={round}/route=rl": rl.identity}, 0)
+
+
+def run(ctx: Context, round: int, trainer: Any, *, regenerate: bool = False) -> list[Outcome]:
+    """Trains one round, or goes on with one that was cut off."""
+    started = time.monotonic()
+    for route in ("rl", "sft"):
+        need(ctx.run, "shards", {"round": round, "route": route}, command=f"dypo grade {ctx.run} --round {round}")
+    it = spec(ctx, round)
+    shards = pa.concat_tables(
+        read_parts(ctx.part("shards", round=round, route=route).files(), "shards") for route in ("rl", "sft")
+    )
+    if shards.num_rows == 0:
+        grades = ctx.part("grades", round=round).manifest()
+        raise UserError(
+            f"{ctx.run}/shards/round={round}: no row to train on: {grades.facts if grades else 'no grades'}. Easier or harder "
+            "prompts, more rollouts (rollouts.k) or traces for the Hard ones would give some"
+        )
+    outcomes = []
+    if current(it):
+        end = it.partition.manifest()
+        assert end is not None
+        return [Outcome("train", it.partition.label, "nothing", f"same fingerprint {it.fingerprint[:12]}", end.rows, facts=end.facts)]
+    _make_room(ctx, it, round, regenerate)
+    ref = None
+    if needs_reference(ctx):
+        outcomes.append(_reference(ctx, round, shards, trainer))
+        ref = read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")
+    graded = need(ctx.run, "grades", {"round": round}, command=f"dypo grade {ctx.run}").facts["grades"]
+    start, _ = ctx.policy_of(round)
+    with progress(f"train round {round}", ctx.recipe.train.steps, unit="steps") as bar:
+        sink = RunSink(ctx, round, it, bar)
+        end = trainer.train_round(
+            trainer.TrainJob(
+                round=round, rounds=ctx.recipe.rounds, seed=ctx.recipe.seed, train=ctx.recipe.train, policy=ctx.recipe.policy,
+                start=start, shards=shards, ref=ref, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
+            )
+        )  # fmt: skip
+    for table in ("draws", "metrics"):
+        finish(sink.spec(table))
+    _, policy = ctx.checkpoint(round, end.steps)
+    facts = {"steps": end.steps, "reason": end.reason, "policy": policy}
+    it.partition.complete(_manifest(it, [], facts))
+    return [*outcomes, Outcome("train", it.partition.label, "made", "", 0, seconds=time.monotonic() - started, facts=facts)]
+
+
+def _make_room(ctx: Context, it: Spec, round: int, regenerate: bool) -> None:
+    """Refuses to resume over another fingerprint; a finished round of other settings moves to superseded/ whole."""
+    folder = it.partition.folder
+    found = _found(it)
+    if found is None or found == it.fingerprint:
+        return
+    end = it.partition.manifest()
+    if end is None and not regenerate:
+        raise UserError(
+            f"{folder}: an unfinished training of other shards or settings lies there ({_why(it)}). Restore them to go on, "
+            "or pass --regenerate to begin the round again (the unfinished one moves to superseded/)"
+        )
+    for table in ("checkpoints", "draws", "metrics"):
+        part = ctx.part(table, round=round)
+        if part.folder.exists():
+            move(part.folder, superseded("train", part, found))
+
+
+def _found(it: Spec) -> str | None:
+    if end := it.partition.manifest():
+        return end.fingerprint
+    for path in sorted(it.partition.folder.glob(f"step=*/{MANIFEST}")):
+        return Manifest.model_validate_json(path.read_text()).fingerprint
+    for table in ("draws", "metrics"):
+        if found := found_fingerprint(partition(it.partition.run, table, dict(it.partition.keys))):
+            return found
+    return None
+
+
+def _why(it: Spec) -> str:
+    for path in sorted(it.partition.folder.glob(f"step=*/{MANIFEST}")):
+        return changes(it, Manifest.model_validate_json(path.read_text()))
+    return "its parts carry another fingerprint"
+
+
+def _reference(ctx: Context, round: int, shards: pa.Table, trainer: Any) -> Outcome:
+    """The base policy's log-probs of every rl row, by anti-join."""
+    started = time.monotonic()
+    it = logprob_spec(ctx, round)
+    begin(it)
+    done = {i for (i,) in finished(it, ("item_id",))}
+    rl = shards.filter(pa.compute.equal(shards.column("route"), "rl"))
+    todo = rl.filter(pa.array([i not in done for i in rl.column("item_id").to_pylist()], pa.bool_()))
+    if todo.num_rows == 0 and current(it) and not it.partition.loose(it.fingerprint):
+        return nothing(it)
+    it.partition.folder.mkdir(parents=True, exist_ok=True)
+    with progress(it.partition.label, rl.num_rows, len(done)) as bar:
+        pending: list[pa.Table] = []
+        batches = trainer.reference_logprobs(
+            ctx.recipe.policy.model, todo, ctx.recipe.policy, ctx.recipe.train.micro_batch_tokens
+        )
+        for got in batches if todo.num_rows else ():
+            pending.append(got)
+            bar.advance(got.num_rows)
+            if sum(t.num_rows for t in pending) >= 512:
+                it.partition.write(_as_rows(ctx, round, pending), it.fingerprint)
+                pending = []
+        if pending:
+            it.partition.write(_as_rows(ctx, round, pending), it.fingerprint)
+    return finish(it, started=started)
+
+
+def _as_rows(ctx: Context, round: int, batches: list[pa.Table]) -> pa.Table:
+    table = pa.concat_tables(batches)
+    constant = {"round": round, "role": "ref", "model": ctx.base_policy}
+    columns = {n: table.column(n) if n in table.column_names else pa.array([constant[n]] * table.num_rows) for n in ARROW["logprobs"].names}
+    return pa.table(columns)
+
+
+def _manifest(it: Spec, parts: list, facts: dict[str, Any], part: Partition | None = None) -> Manifest:
+    part = part or it.partition
+    return Manifest(
+        table="checkpoints",
+        keys=dict(part.keys),
+        stage="train",
+        fingerprint=it.fingerprint,
+        config=it.config,
+        parents=it.parents,
+        parts=parts,
+        rows=0,
+        rows_digest=rows_digest([]),
+        seed=it.seed,
+        code=code_revision(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        facts=facts,
+    )
+
+
+@dataclass
+class RunSink:
+    """trainer.job.Sink over the run folder: parts carry the round's training fingerprint, checkpoints a manifest."""
+
+    ctx: Context
+    round: int
+    train: Spec
+    bar: Progress
+    _specs: dict[str, Spec] = field(default_factory=dict)
+
+    def spec(self, table: str) -> Spec:
+        """draws and metrics are the training's own output: same settings, same parents, so derived from its fingerprint."""
+        if table not in self._specs:
+            part = self.ctx.part(table, round=self.round)
+            self._specs[table] = Spec("train", part, self.train.config, self.train.parents, self.train.seed)
+        return self._specs[table]
+
+    def write(self, table: str, rows: pa.Table, part: str) -> None:
+        it = self.spec(table)
+        it.partition.write(rows, it.fingerprint, f"part-{part}.parquet")
+
+    def cut(self, table: str, step: int) -> None:
+        it = self.spec(table)
+        it.partition.remove_temporary()
+        for path in it.partition.loose(it.fingerprint):
+            rows = read_parts([path], table)
+            keep = rows.filter(pa.compute.less(rows.column("step"), step))
+            if keep.num_rows == 0:
+                path.unlink()
+            elif keep.num_rows < rows.num_rows:
+                it.partition.write(keep, it.fingerprint, path.name)
+
+    def checkpoints(self) -> dict[int, Path]:
+        found = {}
+        for part in partitions(self.ctx.run, "checkpoints"):
+            keys = dict(part.keys)
+            if keys["round"] == self.round and "step" in keys:
+                part.verify()
+                found[int(keys["step"])] = part.folder
+        return found
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
+        part = self.ctx.part("checkpoints", round=self.round, step=step)
+        tmp = part.folder.with_name(f".{part.folder.name}.{os.getpid()}.tmp")
+        try:
+            if tmp.exists():
+                shutil.rmtree(tmp)
+            tmp.mkdir(parents=True)
+            write(tmp)
+            files = sorted(p for p in tmp.rglob("*") if p.is_file())
+            for path in files:
+                with open(path, "rb+") as f:
+                    os.fsync(f.fileno())
+            parts = [describe(p, 0, str(p.relative_to(tmp))) for p in files]
+            manifest = _manifest(self.train, parts, {"policy": policy_id(tmp)}, part)
+            (tmp / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+            fsync_folder(tmp)
+            if part.folder.exists():
+                shutil.rmtree(part.folder)
+            tmp.rename(part.folder)
+            fsync_folder(part.folder.parent)
+        except OSError as e:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise WorkError(
+                f"{part.folder}: the checkpoint could not be written ({e.strerror or e}). Earlier checkpoints are kept; make "
+                "room, then run the same command again"
+            ) from e
+        return part.folder
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        self.bar.to(done, note)
+

@@ -1,0 +1,283 @@
+"""The run folder: one partition = one folder of Parquet parts and a manifest written last.
+
+Idea: a part is published by one rename and carries its stage's fingerprint in its own Parquet metadata. Parts that the
+manifest lists are the table; parts beside it with the right fingerprint are finished work of a stage that was cut off,
+and the next run counts them in. There is no progress file to get out of step. Left out: appending to a part, deleting
+rows, any state that is not a file with a name.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.columns import META_TABLE, META_VERSION, SCHEMA_VERSION
+from schemas.errors import UserError, WorkError
+from schemas.manifest import Manifest, Part
+from schemas.tables import ARROW, TABLES
+
+if TYPE_CHECKING:
+    import duckdb
+
+META_FINGERPRINT = b"dypo.fingerprint"
+MANIFEST = "manifest.json"
+ROW_GROUP = 1024
+PARTITION_KEYS = {name: t.partitions for name, t in TABLES.items()} | {"checkpoints": ("round", "step")}
+_SPLIT = ("prompt_tokens", "tokens", "logprobs", "old_logprobs")  # byte-stream split: 0.35 of raw for ids (measured)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One folder of one table: `keys` are the partition columns that apply, in the table's order."""
+
+    run: Path
+    table: str
+    keys: tuple[tuple[str, str | int], ...] = ()
+
+    @property
+    def label(self) -> str:
+        return "/".join([self.table, *(f"{k}={v}" for k, v in self.keys)])
+
+    @property
+    def folder(self) -> Path:
+        return self.run / self.label
+
+    def manifest(self) -> Manifest | None:
+        """The manifest if the partition is complete. UserError if it cannot be read or is of an unknown version."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            manifest = Manifest.model_validate_json(path.read_text())
+        except ValueError as e:
+            raise UserError(f"{path}: not a manifest of ours ({e}). {_way_out(self)}") from None
+        if manifest.schema_version > SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema version {manifest.schema_version}, but this dypo knows up to {SCHEMA_VERSION}. "
+                "Use the dypo that wrote it, or a newer one"
+            )
+        return manifest
+
+    def loose(self, fingerprint: str) -> list[Path]:
+        """Finished parts with this fingerprint that no manifest lists yet: the work of a stage that was cut off."""
+        listed = {p.name for p in m.parts} if (m := self.manifest()) else set()
+        paths = sorted(p for p in self.folder.glob("part-*.parquet") if p.name not in listed)
+        return [p for p in paths if part_fingerprint(p) == fingerprint]
+
+    def files(self) -> list[Path]:
+        """The listed parts; each must exist at its recorded size (contents are hashed by `verify`)."""
+        manifest = self.manifest()
+        if manifest is None:
+            return []
+        for part in manifest.parts:
+            path = self.folder / part.name
+            if not path.exists():
+                raise UserError(f"{path}: missing, but its manifest lists it ({part.rows} rows). {_way_out(self)}")
+            if path.stat().st_size != part.bytes:
+                raise UserError(
+                    f"{path}: {path.stat().st_size} bytes, but its manifest says {part.bytes}: truncated or altered. "
+                    f"{_way_out(self)}"
+                )
+        return [self.folder / part.name for part in manifest.parts]
+
+    def verify(self) -> None:
+        """Hashes every listed part against the manifest. UserError names the file and the way out."""
+        for path, part in zip(self.files(), (m.parts if (m := self.manifest()) else []), strict=True):
+            found = sha256_file(path)
+            if found != part.sha256:
+                raise UserError(
+                    f"{path}: sha256 {found[:12]}..., but its manifest says {part.sha256[:12]}...: altered. {_way_out(self)}"
+                )
+
+    def write(self, rows: pa.Table, fingerprint: str, name: str | None = None) -> Path:
+        """Publishes rows as one part: cast to the table's schema, written to a temporary name, fsynced, renamed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if name is None:
+            taken = [int(p.name[5:10]) for p in self.folder.glob("part-?????.parquet")]
+            name = f"part-{max(taken, default=-1) + 1:05d}.parquet"
+        schema = ARROW[self.table]
+        columns = [rows.column(f.name).cast(f.type) for f in schema]
+        table = pa.Table.from_arrays(columns, schema=schema).replace_schema_metadata(
+            {**(schema.metadata or {}), META_FINGERPRINT: fingerprint.encode()}
+        )
+        split = [f"{f.name}.list.element" for f in schema if f.name in _SPLIT]
+        whole = [f.name for f in schema if f.name not in _SPLIT]
+
+        def write(path: Path) -> None:
+            pq.write_table(
+                table,
+                path,
+                compression="zstd",
+                row_group_size=ROW_GROUP,
+                write_page_checksum=True,
+                use_dictionary=whole if split else True,
+                column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") if split else None,
+            )
+
+        return publish(self.folder / name, write)
+
+    def complete(self, manifest: Manifest) -> None:
+        """Writes the manifest: from now on the partition is in the views."""
+        publish(self.folder / MANIFEST, lambda p: p.write_text(manifest.model_dump_json(indent=1) + "\n"))
+
+    def remove_temporary(self) -> None:
+        """Sweeps what a killed writer left behind; only the holder of the run's lock may call it."""
+        for path in self.folder.glob(".*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _way_out(partition: Partition) -> str:
+    return (
+        f"Restore the file from a copy, or delete {partition.folder} and run its stage again "
+        "(rows that can be made again are made again with the same ids)"
+    )
+
+
+def publish(path: Path, write: Callable[[Path], object]) -> Path:
+    """Writes a file under a temporary name beside `path`, fsyncs, renames, fsyncs the folder."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(tmp)
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        fsync_folder(path.parent)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise WorkError(
+            f"{path}: could not be written ({e.strerror or e}). Finished parts are kept; make room or fix the folder, "
+            "then run the same command again"
+        ) from e
+    return path
+
+
+def fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def part_fingerprint(path: Path) -> str:
+    """The fingerprint a part was written under. UserError when the file is no part of ours."""
+    try:
+        meta = pq.read_schema(path).metadata or {}
+    except (pa.ArrowInvalid, OSError) as e:
+        raise UserError(f"{path}: not a whole Parquet file ({e}). Delete it; its rows will be made again") from None
+    if META_TABLE not in meta:
+        raise UserError(f"{path}: a Parquet file that dypo did not write. Move it out of the run folder")
+    if int(meta[META_VERSION]) > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {meta[META_VERSION].decode()}, but this dypo knows up to {SCHEMA_VERSION}. "
+            "Use the dypo that wrote it, or a newer one"
+        )
+    return meta.get(META_FINGERPRINT, b"").decode()
+
+
+def read_parts(paths: list[Path], table: str, columns: list[str] | None = None) -> pa.Table:
+    """Parts as one Arrow table of the declared schema; page checksums are verified."""
+    schema = ARROW[table] if columns is None else pa.schema([ARROW[table].field(c) for c in columns])
+    tables = []
+    for path in paths:
+        try:
+            got = pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
+        except (pa.ArrowInvalid, pa.ArrowIOError, OSError) as e:
+            raise UserError(f"{path}: cannot be read ({e}). Delete it; its rows will be made again") from None
+        missing = [f.name for f in schema if f.name not in got.column_names]
+        if missing:
+            raise UserError(f"{path}: lacks column {', '.join(missing)} of table {table}; it has {got.column_names}")
+        tables.append(got.select(schema.names).cast(schema))
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def partition(run: Path, table: str, keys: Mapping[str, str | int | None] | None = None) -> Partition:
+    """The partition of `table` with these keys; keys that are None are left out of the path."""
+    given = keys or {}
+    return Partition(run, table, tuple((k, v) for k in PARTITION_KEYS[table] if (v := given.get(k)) is not None))
+
+
+def partitions(run: Path, table: str) -> list[Partition]:
+    """Every complete partition of a table, in the order of its keys (rounds and steps as numbers)."""
+    root = run / table
+    found = []
+    for path in root.rglob(MANIFEST) if root.exists() else []:
+        pairs = [p.split("=", 1) for p in path.parent.relative_to(root).parts]
+        numbers = ("round", "step")
+        found.append(Partition(run, table, tuple((k, int(v) if k in numbers else v) for k, v in pairs)))
+    return sorted(found, key=lambda p: [(k, v if isinstance(v, int) else 0, str(v)) for k, v in p.keys])
+
+
+# ---------------------------------------------------------------- SQL
+@cache
+def sql(name: str) -> str:
+    """The text of a query under pipeline/sql, for example `grade` or `report/rewards`."""
+    return (Path(__file__).parent / "sql" / f"{name}.sql").read_text()
+
+
+def open_views(run: Path) -> "duckdb.DuckDBPyConnection":
+    """An in-memory DuckDB with one view for each table over its complete partitions. For the stages' own queries."""
+    import duckdb
+
+    con = duckdb.connect()
+    for table in TABLES:
+        files = [f for p in partitions(run, table) for f in p.files()]
+        _view(con, table, files, f"{TABLES[table].duckdb_columns()}")
+    old = sorted(str(p) for p in (run / "superseded" / "score").glob("**/part-*.parquet"))
+    current = [str(f) for p in partitions(run, "scores") for f in p.files()]
+    _view(con, "score_versions", [Path(p) for p in old + current], TABLES["scores"].duckdb_columns())
+    return con
+
+
+def _view(con: "duckdb.DuckDBPyConnection", name: str, files: list[Path], columns: str) -> None:
+    if files:
+        names = ", ".join("'" + str(f).replace("'", "''") + "'" for f in files)
+        con.execute(f"create view {name} as select * from read_parquet([{names}], hive_partitioning=false)")
+    else:
+        con.execute(f"create table {name} ({columns})")
+
+
+def connect(run: Path | str) -> "duckdb.DuckDBPyConnection":
+    """A DuckDB connection with one read-only view for each table of the run; nothing outside the run can be reached.
+
+    UserError if the folder is no run or a listed part is missing or truncated.
+    """
+    root = Path(run).resolve()
+    if not (root / "recipe.toml").exists():
+        raise UserError(f"{run}: not a run folder (no recipe.toml in it). A run begins with `dypo ingest RECIPE.toml`")
+    con = open_views(root)
+    con.execute("set allowed_directories = ['" + str(root).replace("'", "''") + "/']")
+    con.execute("set enable_external_access = false")
+    con.execute("set lock_configuration = true")
+    return con
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """One writer at a time. UserError at once if another dypo process is writing to this run."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            f.seek(0)
+            raise UserError(f"{run}: another dypo process ({f.read().strip()}) is writing to this run; wait for it") from None
+        f.truncate(0)
+        f.write(f"pid {os.getpid()}")
+        f.flush()
+        yield

@@ -1,0 +1,430 @@
+"""The recipe: one TOML file describes a whole run. Unknown keys are errors, and the nearest known key is named.
+
+Class defaults are the vetted settings. `train.method` is a union on `type`, so rivals join as further members.
+Each stage's fingerprint hashes the slice of the recipe that its outputs depend on (pipeline/stage.py).
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from schemas.errors import UserError
+from schemas.scorers import ScorerConfig
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class Model(BaseModel):
+    """Every recipe table: immutable, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, tables merged key by key."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+# ---------------------------------------------------------------- prompts
+class FileSource(Model):
+    """Problems from JSONL or Parquet: `prompt`+`answer`/`solution`, `messages`+`answer`, or verl's columns."""
+
+    type: Literal["file"]
+    name: str = Field(pattern=NAME)
+    path: Path
+    verifier: str
+    split: Literal["train", "eval"] = "train"
+    eval_rows: int = Field(0, ge=0, description="of a train source: this many prompts go to eval, chosen by prompt_id")
+    limit: int | None = Field(None, ge=1)
+    system: str | None = Field(None, description="a system message put before each prompt that has none")
+
+
+class GymTask(Model):
+    """One reasoning-gym task: its name, how many problems, and its own settings."""
+
+    name: str
+    size: int = Field(ge=1)
+    settings: dict[str, Any] = {}
+
+
+class GymSource(Model):
+    """Problems from reasoning-gym tasks, generated from a seed; the verifier is type `reasoning_gym`."""
+
+    type: Literal["reasoning_gym"]
+    name: str = Field(pattern=NAME)
+    tasks: list[GymTask] = Field(min_length=1)
+    seed: int = 0
+    verifier: str
+    split: Literal["train", "eval"] = "train"
+    eval_rows: int = Field(0, ge=0)
+    system: str | None = None
+    suffix: str = Field("", description="text put after each question, for example how to give the answer")
+
+
+Source = Annotated[Union[FileSource, GymSource], Field(discriminator="type")]
+
+
+# ---------------------------------------------------------------- generation
+class ProgramEngine(Model):
+    """A solver in Python: a built-in (`tiny.left`, `worked_solution`) or the user's `path/to/file.py:function`."""
+
+    type: Literal["program"]
+    program: str
+
+
+class OpenAIEngine(Model):
+    """Any OpenAI-compatible chat server. The key is read from the environment and never written anywhere."""
+
+    type: Literal["openai"]
+    base_url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(2048, ge=1)
+    system: str | None = None
+    concurrency: int = Field(8, ge=1)
+    timeout_s: float = Field(120.0, gt=0)
+    retries: int = Field(4, ge=0, description="of a request that timed out, got 429 or 5xx, or garbage")
+    max_failed: float = Field(0.02, ge=0, le=1, description="share of samples that may fail for good")
+
+
+class ReplayEngine(Model):
+    """Recorded traces: LUFFY's `target` column, OpenR1-Math-220k's `generations`, or JSONL with `prompt`+`text`."""
+
+    type: Literal["replay"]
+    path: Path
+    select: str | None = Field(None, description="of a target with several teachers: the one to take")
+
+
+TeacherEngine = Annotated[Union[ProgramEngine, OpenAIEngine, ReplayEngine], Field(discriminator="type")]
+
+
+class Teacher(Model):
+    """Who writes traces, and how many for each prompt."""
+
+    name: str = Field(pattern=NAME)
+    samples: int = Field(1, ge=1)
+    engine: TeacherEngine
+
+
+class HFEngine(Model):
+    """transformers on this machine: the prompt computed once for its group, a static cache, our own noise."""
+
+    type: Literal["hf"] = "hf"
+    batch_sequences: int = Field(256, ge=1, description="sequences decoded together; whole groups")
+
+
+class VLLMEngine(Model):
+    """vLLM in process. GPU machines: `pip install dypo[vllm]`."""
+
+    type: Literal["vllm"]
+    batch_sequences: int = Field(4096, ge=1, description="sequences handed over at once; one part file each")
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    max_model_len: int | None = Field(None, ge=1)
+    seeded: bool = Field(True, description="false: no seed is sent, and the rows say so (seed null)")
+    enforce_eager: bool = False
+    max_logprob_difference: float = Field(0.05, gt=0, description="engine against the trainer's forward, at start")
+
+
+RolloutEngine = Annotated[Union[HFEngine, VLLMEngine], Field(discriminator="type")]
+
+
+class Policy(Model):
+    """The base policy: a Hugging Face folder on disk."""
+
+    model: Path
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Rollouts(Model):
+    """k rollouts of the current policy for each prompt of the round."""
+
+    k: int = 8
+    prompts_per_round: int | None = Field(None, ge=1, description="drawn anew each round; default: all train prompts")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = 1.0
+    max_tokens: int = Field(2048, ge=1)
+    engine: RolloutEngine = HFEngine()
+
+    @field_validator("k")
+    @classmethod
+    def _group(cls, k: int) -> int:
+        if k < 2:
+            raise ValueError(f"a group needs at least 2 rollouts to be graded mid, found k = {k}; the paper uses 8")
+        return k
+
+    @field_validator("top_p")
+    @classmethod
+    def _whole_support(cls, top_p: float) -> float:
+        if top_p != 1.0:
+            raise ValueError(
+                f"training rollouts need top_p = 1, found {top_p}: truncated sampling has another support, so the "
+                "importance ratios would be wrong. Set it under [eval] if you meant evaluation"
+            )
+        return top_p
+
+
+# ---------------------------------------------------------------- judging
+class Score(Model):
+    """Verifiers by name, and the pool that runs them."""
+
+    verifiers: dict[str, ScorerConfig] = Field(min_length=1)
+    workers: int = Field(2, ge=1)
+    timeout_s: float = Field(10.0, gt=0, description="for one verdict; then its process is killed")
+    memory_mb: int | None = Field(2048, ge=64, description="address space of a worker; null: no limit")
+    max_failed: float = Field(0.1, ge=0, le=1, description="share of verdicts that may be timeout or error")
+
+
+class Grade(Model):
+    """Thresholds on integer success counts, so no float decides a grade."""
+
+    hard_max_successes: int = Field(0, ge=0, description="at most this many right: hard")
+    easy_max_failures: int = Field(0, ge=0, description="at most this many wrong: easy")
+    max_tokens: int = Field(8192, ge=1, description="prompt + response; longer traces and groups are not trained on")
+    unjudged_to_routes: bool = Field(False, description="route groups with a timeout, error or gold_bad verdict too")
+    query: Path | None = Field(None, description="a .sql file of yours with the columns of grades")
+
+
+# ---------------------------------------------------------------- training
+class GAL(Model):
+    """Group Alignment Loss (paper Eq. 14-15, 23; ALGORITHMS 7.3 rows 1 and 2)."""
+
+    logp_reduction: Literal["mean", "sum"] = "mean"
+    ref: Literal["init", "none", "old"] = "init"
+    beta: float = Field(1.0, gt=0)
+
+
+class GRPO(Model):
+    """Clipped surrogate; `sequence` is GSPO's ratio. Aggregation is seq-mean-token-mean."""
+
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+    advantage: Literal["std", "none"] = Field("std", description="none: centred, not divided by the std")
+    eps: float = Field(1e-6, gt=0)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"gal": {"logp_reduction": "sum"}, "sft_reduction": "prompt"},
+    "official": {
+        "gal": {"logp_reduction": "sum", "ref": "none", "beta": 0.1},
+        "grpo": {"ratio": "sequence"},
+        "gal_weight": 0.001,
+        "schedule": "queue",
+        "lr": 5e-7,
+        "sft_lr": 5e-6,
+    },
+}
+
+
+class DypoMethod(Model):
+    """DYPO (arXiv 2604.08926, Eq. 4) as ALGORITHMS section 7 resolves it; a preset fills what is not given."""
+
+    type: Literal["dypo"] = "dypo"
+    preset: Literal["default", "paper", "official"] = "default"
+    alpha: float = Field(0.5, ge=0, le=1, description="weight of GRPO; 1 - alpha is GAL's")
+    gal_weight: float | None = Field(None, ge=0, description="if set: GRPO + gal_weight * GAL, and alpha is not used")
+    gamma: float = Field(1.0, ge=0, description="weight of SFT")
+    gal: GAL = GAL()
+    grpo: GRPO = GRPO()
+    sft_reduction: Literal["token", "prompt"] = "token"
+    normalise: Literal["gated", "all"] = Field("gated", description="all: Easy prompts count in n too")
+    schedule: Literal["joint", "queue"] = "joint"
+    queue_size: int = Field(16, ge=1, description="queue only: Hard prompts in one SFT update")
+    queue_groups: int = Field(8, ge=1, description="queue only: Mid groups in one RL update, at least")
+    lr: float = Field(1e-6, gt=0)
+    sft_lr: float | None = Field(None, gt=0, description="queue only: the second optimizer's learning rate")
+    query: Path | None = Field(None, description="a routing .sql file of yours with the columns of shards")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return _merge(PRESETS.get(values.get("preset", "default"), {}), values)
+
+    @model_validator(mode="after")
+    def _queue_has_its_rate(self) -> "DypoMethod":
+        if (self.schedule == "queue") != (self.sft_lr is not None):
+            raise ValueError("sft_lr belongs to schedule = 'queue' (two optimizers) and is needed there; joint has one lr")
+        return self
+
+
+Method = Annotated[Union[DypoMethod], Field(discriminator="type")]
+
+
+class Optimizer(Model):
+    """AdamW, warm-up and decay over the whole run's steps (rounds * steps)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    final_fraction: float = Field(0.1, ge=0, le=1, description="of lr, reached at the last step of the run")
+
+
+class Train(Model):
+    """One round of training on that round's shards."""
+
+    steps: int = Field(ge=1, description="optimizer steps in a round")
+    prompts_per_step: int = Field(ge=1, description="gated prompts (Hard and Mid together) in a step")
+    micro_batch_tokens: int = Field(16384, ge=1, description="token slots in one forward; whole groups")
+    checkpoint_every: int = Field(50, ge=1)
+    min_ess: float = Field(0.0, ge=0, le=1, description="end the round when a step's effective sample size is below")
+    method: Method = DypoMethod()
+    optimizer: Optimizer = Optimizer()
+
+
+# ---------------------------------------------------------------- evaluation
+class Suite(Model):
+    """An eval set: the eval prompts of some sources."""
+
+    name: str = Field(pattern=NAME)
+    sources: list[str] = Field(min_length=1)
+    out_of_distribution: bool = False
+    limit: int | None = Field(None, ge=1)
+    n: int = Field(4, ge=1, description="samples a problem: avg@n")
+    pass_k: list[int] = [1]
+
+
+class Eval(Model):
+    """Suites and how they are sampled. The same engine and scorers as training."""
+
+    suites: list[Suite] = []
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(2048, ge=1)
+    every_rounds: int = Field(0, ge=0, description="in `dypo run`: 0 = before and after; n = after each n rounds too")
+
+
+class Recipe(Model):
+    """A whole run."""
+
+    name: str = Field(pattern=NAME)
+    run: Path
+    seed: int = 0
+    rounds: int = Field(1, ge=1)
+    policy: Policy
+    sources: list[Source] = Field(min_length=1)
+    teachers: list[Teacher] = []
+    rollouts: Rollouts = Rollouts()
+    score: Score
+    grade: Grade = Grade()
+    train: Train
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "Recipe":
+        for what, names in (
+            ("sources", [s.name for s in self.sources]),
+            ("teachers", [t.name for t in self.teachers]),
+            ("eval.suites", [s.name for s in self.eval.suites]),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{what}: the name '{name}' is given twice; names are keys")
+        for source in self.sources:
+            if source.verifier not in self.score.verifiers:
+                raise ValueError(
+                    f"sources.{source.name}: verifier '{source.verifier}' is not among "
+                    f"score.verifiers ({', '.join(self.score.verifiers)})"
+                )
+        if self.grade.hard_max_successes + self.grade.easy_max_failures >= self.rollouts.k:
+            raise ValueError(
+                f"grade: hard_max_successes {self.grade.hard_max_successes} + easy_max_failures "
+                f"{self.grade.easy_max_failures} must be below rollouts.k = {self.rollouts.k}, or no prompt can be mid"
+            )
+        for suite in self.eval.suites:
+            for name in suite.sources:
+                if name not in {s.name for s in self.sources}:
+                    raise ValueError(f"eval.suites.{suite.name}: no source is named '{name}'")
+            if max(suite.pass_k, default=1) > suite.n:
+                raise ValueError(f"eval.suites.{suite.name}: pass@{max(suite.pass_k)} needs n >= that, found n = {suite.n}")
+        return self
+
+
+def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """A Recipe from a TOML tree. UserError names the file, the key, what was expected and the nearest known key."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as e:
+        lines = []
+        for err in e.errors():
+            key = _shown(err["loc"])
+            if err["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(err["loc"][-1]), _known_keys(err["loc"][:-1]), n=1, cutoff=0.5)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                known = ", ".join(_known_keys(err["loc"][:-1]))
+                lines.append(f"  {key}: unknown key{hint} Known here: {known}")
+            elif err["type"] == "union_tag_not_found":
+                lines.append(f"  {key}: needs a `type` ({_tags(err['loc'])})")
+            else:
+                found = "" if err["type"] in ("missing", "value_error") else f" (found {err['input']!r})"
+                lines.append(f"  {key or 'recipe'}: {err['msg'].removeprefix('Value error, ')}{found}")
+        raise UserError(f"{where}: the recipe is not valid\n" + "\n".join(lines)) from None
+
+
+def _shown(loc: tuple[int | str, ...]) -> str:
+    """A pydantic error location as the user wrote it: without the tags of unions."""
+    kind: Any = Recipe
+    parts = []
+    for part in loc:
+        is_tag = not (_is_model(kind) and part in kind.model_fields) and any(_tag(m) == part for m in _members(kind))
+        if not is_tag:
+            parts.append(str(part))
+        kind = _step(kind, part)
+    return ".".join(parts)
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys of the recipe table at a pydantic error location (which names union members by their tag)."""
+    kind: Any = Recipe
+    for part in loc:
+        kind = _step(kind, part)
+    return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+
+
+def _tags(loc: tuple[int | str, ...]) -> str:
+    """The values of `type` that the union at a pydantic error location knows."""
+    kind: Any = Recipe
+    for part in loc[:-1]:
+        kind = _step(kind, part)
+    field = kind.model_fields.get(str(loc[-1])) if _is_model(kind) else None
+    return " | ".join(_tag(m) or "" for m in _members(field.annotation if field else kind))
+
+
+def _members(kind: Any) -> list[type[BaseModel]]:
+    """The models inside an annotation."""
+    return [kind] if _is_model(kind) else [m for a in get_args(kind) for m in _members(a)]
+
+
+def _step(kind: Any, part: int | str) -> Any:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if part in kind.model_fields:
+            return kind.model_fields[str(part)].annotation
+        return kind
+    members = _members(kind)
+    tagged = [m for m in members if _tag(m) == part]
+    if tagged:
+        return tagged[0]
+    return members[0] if len(members) == 1 else kind
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _tag(kind: type[BaseModel]) -> str | None:
+    field = kind.model_fields.get("type")
+    return get_args(field.annotation)[0] if field else None
