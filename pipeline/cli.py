@@ -288,9 +288,8 @@ def _summary(ctx: "Context", report: Path) -> None:
     print("\nEvals (95 % intervals over problems)")
     shell.show(shell.query(con, "select suite, metric, round, step, value, ci_low, ci_high, problems from evals order by all"), False)
     print("\nGrade mix by round")
-    shell.show(
-        shell.query(con, "pivot (select round, grade, prompt_id from grades) on grade using count(*) group by round order by round"), False
-    )
+    mix = ", ".join(f"count(*) filter (where grade = '{g}') as {g}" for g in ("easy", "mid", "hard"))
+    shell.show(shell.query(con, f"select round, {mix} from grades group by round order by round"), False)
     print(f"\nReport: {_relative(report)}\n\nThree queries to try:")
     for text in (
         "select round, grade, count(*) from grades group by all order by all",

@@ -139,4 +139,16 @@ def _absolute(recipe: Recipe) -> dict[str, Any]:
             return {k: walk(v) for k, v in value.items() if v is not None}
         return [walk(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return walk(recipe.model_dump())
+    def absolute(spec: str) -> str:
+        """`path/to/file.py:function` with its path absolute; the names of built-ins have no colon."""
+        path, colon, name = spec.rpartition(":")
+        return str(Path(path).expanduser().absolute()) + colon + name if colon else spec
+
+    data = walk(recipe.model_dump())
+    for verifier in data["score"]["verifiers"].values():
+        if "function" in verifier:
+            verifier["function"] = absolute(verifier["function"])
+    for teacher in data["teachers"]:
+        if "program" in teacher["engine"]:
+            teacher["engine"]["program"] = absolute(teacher["engine"]["program"])
+    return data

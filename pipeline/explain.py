@@ -35,7 +35,9 @@ WHY = {
 
 PROMPT = "select prompt_id, messages, answer, verifier, source, split, metadata from prompts where prompt_id = $id"
 TRACES = """
-select t.trace_id, t.teacher, t.sample, t.text, t.finish_reason, t.model, t.sampling, s.status, s.correct, s.extracted, s.detail
+select
+    t.trace_id, t.teacher, t.sample, t.text, t.finish_reason, t.model, t.sampling,
+    s.status, s.correct, s.extracted, s.detail
 from traces as t
 left join scores as s on s.kind = 'trace' and s.id = t.trace_id
 where t.prompt_id = $id
@@ -49,8 +51,9 @@ order by round
 """
 ROLLOUTS = """
 select
-    r.round, r.rollout_id, r.sample, r.policy, r.text, r.finish_reason, r.engine, r.temperature, r.seed, len(r.tokens) as tokens,
-    list_avg(r.logprobs) as mean_logprob, s.status, s.reward, s.correct, s.extracted, s.detail, s.elapsed_ms
+    r.round, r.rollout_id, r.sample, r.policy, r.text, r.finish_reason, r.engine, r.temperature, r.seed,
+    len(r.tokens) as tokens, list_avg(r.logprobs) as mean_logprob,
+    s.status, s.reward, s.correct, s.extracted, s.detail, s.elapsed_ms
 from rollouts as r
 left join scores as s on s.kind = 'rollout' and s.id = r.rollout_id
 where r.prompt_id = $id
@@ -64,7 +67,12 @@ from shards
 where prompt_id = $id
 order by round, route, teacher, sample
 """
-DRAWS = "select round, step, position, item_id, route, teacher, age from draws where prompt_id = $id order by round, step, position"
+DRAWS = """
+select round, step, position, item_id, route, teacher, age
+from draws
+where prompt_id = $id
+order by round, step, position
+"""
 EVALS = """
 select r.suite, r.round, r.step, r.sample, r.rollout_id, r.text, r.finish_reason, s.status, s.correct, s.extracted, s.detail
 from eval_rollouts as r
@@ -113,7 +121,9 @@ def _find(con: "duckdb.DuckDBPyConnection", wanted: str) -> str:
     wanted = wanted.strip().lower()
     if not wanted:
         raise UserError("PROMPT_ID: expected a prompt id or the beginning of one, found an empty text")
-    query = "select prompt_id, messages[-1].content from prompts where starts_with(prompt_id, $p) order by prompt_id limit $n"
+    query = (
+        "select prompt_id, messages[-1].content from prompts where starts_with(prompt_id, $p) order by prompt_id limit $n"
+    )
     found = con.execute(query, {"p": wanted, "n": CANDIDATES + 1}).fetchall()
     if len(found) == 1 or any(id_ == wanted for id_, _ in found):
         return wanted if len(found) != 1 else found[0][0]
@@ -127,7 +137,7 @@ def _find(con: "duckdb.DuckDBPyConnection", wanted: str) -> str:
         raise UserError(f"PROMPT_ID '{wanted}': the table prompts is empty; run `dypo ingest` first")
     raise UserError(
         f"PROMPT_ID '{wanted}': no prompt begins so. Nearest of {len(known):,}:\n{_listed(_nearest(wanted, known))}\n"
-        "Ids: dypo sql RUN \"select prompt_id, messages[-1].content from prompts\""
+        'Ids: dypo sql RUN "select prompt_id, messages[-1].content from prompts"'
     )
 
 
@@ -151,7 +161,7 @@ def _why(at: Row) -> str:
     grade, steps = at["grade"], sorted({d["step"] for d in at["draws"]})
     if grade is None:
         return "not graded in this round" + (": score and grade its rollouts" if at["rollouts"] else "")
-    why = WHY.get(grade["reason"], grade["reason"]).format(**grade)
+    why = WHY[grade["reason"]].format(**grade) if grade["reason"] in WHY else f"reason {grade['reason']}"
     if grade["reason"] in ("sft", "rl"):
         if not at["shards"]:
             why += "; the method's routing took it in no shard"
@@ -260,5 +270,7 @@ def _clip(text: str) -> str:
 def _visible(text: str) -> str:
     """Control characters (terminal escapes among them) as their visible pictures; line ends and tabs stay."""
     return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 0x20 else "\N{SYMBOL FOR DELETE}", text
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]",
+        lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 0x20 else "\N{SYMBOL FOR DELETE}",
+        text,
     )

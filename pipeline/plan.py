@@ -59,7 +59,7 @@ def plan(ctx: Context) -> Iterator[Planned]:
             yield _look(
                 ctx, "route", "shards", {**key, "route": route}, lambda n=n, route=route: _route_spec(ctx, n, route), None
             )
-        if train.needs_reference(ctx):
+        if r.train.method.needs_reference:
             yield _look(ctx, "logprobs", "logprobs", {**key, "role": "ref"}, lambda n=n: _logprob_spec(ctx, n), None)
         yield _look(ctx, "train", "checkpoints", key, lambda n=n: train.spec(ctx, n), None)
         if due_for_eval(ctx, n):
@@ -130,7 +130,8 @@ def _look(
     try:
         it = make()
     except UserError as e:
-        return Planned(stage, part.label, "stale" if manifest else "waits", str(e).splitlines()[0], have, rows)
+        why = str(e).splitlines()[0].replace(f"{ctx.run}/", "").replace(str(ctx.run), "the run")
+        return Planned(stage, part.label, "stale" if manifest else "waits", why, have, rows)
     left = None if rows is None else max(rows - have, 0)
     if manifest and manifest.fingerprint != it.fingerprint:
         state, why, left = "stale", changes(it, manifest), rows

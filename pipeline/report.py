@@ -70,7 +70,9 @@ def build_report(con: "duckdb.DuckDBPyConnection", recipe: Recipe | None, manife
     name = recipe.name if recipe else "run"
     anchors = [title.split()[0].lower() for title, _ in sections]
     nav = "".join(f'<a href="#{a}">{_text(t)}</a>' for a, (t, _) in zip(anchors, sections, strict=True))
-    body = "".join(f'<section id="{a}"><h2>{_text(t)}</h2>{s}</section>' for a, (t, s) in zip(anchors, sections, strict=True))
+    body = "".join(
+        f'<section id="{a}"><h2>{_text(t)}</h2>{s}</section>' for a, (t, s) in zip(anchors, sections, strict=True)
+    )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
@@ -119,7 +121,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable
     right = set(numbers)
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(f'<{tag}{" class=n" if i in right else ""}>{c}</{tag}>' for i, c in enumerate(row))
+        return "".join(f"<{tag}{' class=n' if i in right else ''}>{c}</{tag}>" for i, c in enumerate(row))
 
     lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{lines}</tbody></table></div>'
@@ -158,7 +160,7 @@ def _subtitle(recipe: Recipe | None) -> str:
 # ---------------------------------------------------------------- headline and results
 def _headline(con: "duckdb.DuckDBPyConnection", recipe: Recipe | None) -> str:
     o = _rows(con, "overview")[0]
-    cards = []
+    cards: list[tuple[str, str, str]] = []  # title and figure are text, the note is HTML
     outside = _outside(recipe)
     evals = sorted(_suites(_rows(con, "evals")).items(), key=lambda item: (outside.get(item[0][0], False), item[0]))
     for (suite, metric), points in evals:
@@ -166,9 +168,9 @@ def _headline(con: "duckdb.DuckDBPyConnection", recipe: Recipe | None) -> str:
             first, last = points[0], points[-1]
             moved = len(points) > 1
             figure = f"{_percent(first['value'])} → {_percent(last['value'])}" if moved else _percent(first["value"])
-            points_more = f"{100 * (last['value'] - first['value']):+.1f} points" if moved else "before training"
+            change = f"{100 * (last['value'] - first['value']):+.1f} points" if moved else "one policy evaluated"
             kind = ", out of distribution" if outside.get(suite) else ""
-            cards.append((f"{suite}, {metric}{kind}", figure, f"{points_more}, {last['problems']} problems"))
+            cards.append((f"{suite}, {metric}{kind}", figure, f"{change}, {last['problems']:,} problems"))
     mix = _by_round(_rows(con, "grade_mix"), "grade")
     if mix:
         last = max(mix)
@@ -179,10 +181,11 @@ def _headline(con: "duckdb.DuckDBPyConnection", recipe: Recipe | None) -> str:
         ("rollouts", f"{o['rollouts']:,}", f"{o['rollout_tokens']:,} tokens over {o['train_prompts']:,} prompts"),
         ("teacher traces", f"{o['traces']:,}", f"{o['rounds']} graded rounds, {o['eval_prompts']:,} eval prompts"),
     ]
-    return '<div class="cards">' + "".join(
-        f'<div class="card"><b>{_text(title)}</b><strong>{_text(figure)}</strong><span>{note if note.startswith("<") else _text(note)}</span></div>'
+    shown = (
+        f'<div class="card"><b>{_text(title)}</b><strong>{_text(figure)}</strong><span>{note}</span></div>'
         for title, figure, note in cards
-    ) + "</div>"
+    )
+    return f'<div class="cards">{"".join(shown)}</div>'
 
 
 def _suites(evals: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -216,17 +219,37 @@ def _results(con: "duckdb.DuckDBPyConnection", recipe: Recipe | None) -> str:
             cells += [_percent(p["value"]), _interval(p["ci_low"], p["ci_high"])]
         if len(points) == 1:
             return [*cells[:6], "", "", "", ""]
-        change = _change(metric, problems[suite, first["round"], first["step"]], problems[suite, last["round"], last["step"]])
+        change = _change(
+            metric, problems[suite, first["round"], first["step"]], problems[suite, last["round"], last["step"]]
+        )
         plain = f"{100 * (last['value'] - first['value']):+.1f}"
         return [*cells, f"<b>{plain}</b>", _interval(change.ci_low, change.ci_high) if change else ""]
 
-    head = ("suite", "", "metric", "problems", "before", "95 % interval", "after", "95 % interval", "change", "95 % interval")
+    head = (
+        "suite",
+        "",
+        "metric",
+        "problems",
+        "before",
+        "95 % interval",
+        "after",
+        "95 % interval",
+        "change",
+        "95 % interval",
+    )
     rows = sorted((one(points) for points in evals.values()), key=lambda cells: (cells[1], cells[0]))
     note = (
         "<p class=note>Before: the first policy evaluated. After: the last one. Intervals are over problems (samples of one "
         "problem are not independent); the change compares the same problems, in points.</p>"
     )
-    picture = _figure("Evals by checkpoint", "95 % intervals over problems; dashed: out of distribution", _draw_evals, evals, outside, wide=True)
+    picture = _figure(
+        "Evals by checkpoint",
+        "95 % intervals over problems; dashed: out of distribution",
+        _draw_evals,
+        evals,
+        outside,
+        wide=True,
+    )
     return _table(head, rows, (3, 4, 6, 8)) + note + picture
 
 
@@ -267,10 +290,15 @@ def _difficulty(con: "duckdb.DuckDBPyConnection") -> str:
 
 def _reasons(con: "duckdb.DuckDBPyConnection") -> str:
     counts = _by_round(_rows(con, "reasons"), "reason")
-    seen = [r for r in REASONS if any(r in parts for parts in counts.values())]
+    found = {r for parts in counts.values() for r in parts}
+    seen = [r for r in REASONS if r in found] + sorted(found - set(REASONS))  # a grading query of the user's may add some
     rounds = sorted(counts)[-6:]
     rows = [
-        [f"<code>{_text(r)}</code>", *(f"{counts[n].get(r, 0):,}" for n in rounds), f'<span class="ci">{_text(REASON_MEANING[r])}</span>']
+        [
+            f"<code>{_text(r)}</code>",
+            *(f"{counts[n].get(r, 0):,}" for n in rounds),
+            f'<span class="ci">{_text(REASON_MEANING.get(r, ""))}</span>',
+        ]
         for r in seen
     ]
     return "<h3>Where prompts go, and why not</h3>" + _table(
@@ -296,7 +324,10 @@ def _transitions(con: "duckdb.DuckDBPyConnection") -> str:
             f'<table class="moves"><caption>round {a} (rows) to {b} (columns)</caption>'
             f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         )
-    note = "<p class=note>Prompts by grade before and after; the share is of the row. Hard to mid is progress, easy to hard is forgetting.</p>"
+    note = (
+        "<p class=note>Prompts by grade before and after; the share is of the row. Hard to mid is progress, easy to hard "
+        "is forgetting.</p>"
+    )
     return f'<h3>Grade transitions</h3><div class="row">{"".join(blocks)}</div>{note}'
 
 
@@ -339,10 +370,18 @@ def _training(con: "duckdb.DuckDBPyConnection") -> str:
         elif title.startswith("Offline"):
             figures.append(_missing("The metric offline_ratio was not recorded."))
     if present := [(label, curves[name]) for name, label in LOSSES if name in curves]:
-        figures.append(_figure("Losses by component", "before alpha and gamma; total is what was minimised", _draw_losses, present, wide=True))
+        figures.append(
+            _figure(
+                "Losses by component",
+                "before alpha and gamma; total is what was minimised",
+                _draw_losses,
+                present,
+                wide=True,
+            )
+        )
     note = (
-        "<p class=note>Across: optimizer steps over all rounds; dotted lines: a refresh. Bold: running mean; thin: each step."
-        "</p>"
+        "<p class=note>Across: optimizer steps over all rounds; dotted lines: a refresh. Bold: running mean; thin: each "
+        "step.</p>"
     )
     return f'{note}<div class="grid">{"".join(figures)}</div>{_fed(con)}'
 
@@ -352,7 +391,12 @@ def _fed(con: "duckdb.DuckDBPyConnection") -> str:
     if not rows:
         return "<h3>What the optimizer was fed</h3>" + _missing("No draws yet: `dypo train` writes them.")
     cells = [
-        [str(r["round"]), _text(r["route"]), _text(r["teacher"] or "policy"), *(f"{r[c]:,}" for c in ("prompts", "sequences", "tokens"))]
+        [
+            str(r["round"]),
+            _text(r["route"]),
+            _text(r["teacher"] or "policy"),
+            *(f"{r[c]:,}" for c in ("prompts", "sequences", "tokens")),
+        ]
         for r in rows
     ]
     head = ("round", "route", "written by", "prompts", "sequences", "response tokens")
@@ -401,10 +445,18 @@ def _teachers(con: "duckdb.DuckDBPyConnection") -> str:
         ]
         for t in teachers
     ]
-    head = ("teacher", "prompts", "traces", "verified", "Hard prompts covered", "by this one alone", "mean length (characters)")
+    head = (
+        "teacher",
+        "prompts",
+        "traces",
+        "verified",
+        "Hard prompts covered",
+        "by this one alone",
+        "mean length (characters)",
+    )
     note = (
-        f"<p class=note>Hard prompts: the {teachers[0]['hard_prompts']:,} graded hard in any round. Covered: the teacher has a "
-        "verified trace. Length: of verified traces.</p>"
+        f"<p class=note>Hard prompts: the {teachers[0]['hard_prompts']:,} graded hard in any round. Covered: the teacher "
+        "has a verified trace. Length: of verified traces.</p>"
     )
     return "<h3>Teachers</h3>" + _table(head, rows, range(1, 7)) + note
 
@@ -427,16 +479,19 @@ def _samples(con: "duckdb.DuckDBPyConnection") -> str:
 
 def _sample(rows: list[Row], opened: bool) -> str:
     r = rows[0]
-    messages = "".join(f'<div class="said"><b>{_text(m["role"])}</b><pre>{_clip(m["content"])}</pre></div>' for m in r["messages"])
+    messages = "".join(
+        f'<div class="said"><b>{_text(m["role"])}</b><pre>{_clip(m["content"])}</pre></div>' for m in r["messages"]
+    )
     answers = "".join(
         f'<div class="said"><b>rollout {x["sample"]}<br>{_status(x["status"])}<br><small>{x["tokens"]:,} tokens'
         f"{', extracted ' + _clip(x['extracted'], 60) if x['extracted'] is not None else ''}</small></b>"
         f"<pre>{_clip(x['text'])}</pre></div>"
         for x in rows
     )
+    facts = f"{r['successes']} of {r['k']} right · gold <code>{_clip(r['answer'], 60)}</code> · {_text(r['reason'])}"
     return (
-        f"<details{' open' if opened else ''}><summary><code>{_text(r['prompt_id'][:12])}</code> {r['successes']} of {r['k']} right"
-        f" · gold <code>{_clip(r['answer'], 60)}</code> · {_text(r['reason'])}</summary>{messages}{answers}</details>"
+        f"<details{' open' if opened else ''}><summary><code>{_text(r['prompt_id'][:12])}</code> {facts}</summary>"
+        f"{messages}{answers}</details>"
     )
 
 
@@ -475,7 +530,9 @@ def _provenance(con: "duckdb.DuckDBPyConnection", recipe: Recipe | None, manifes
         head = ("partition", "stage", "rows", "failed", "fingerprint", "code", "written")
         versions = ", ".join(str(v) for v in sorted({m.schema_version for m in manifests}))
         inner = _table(head, rows, (2, 3))
-        out.append(f"<h3>Partitions</h3><p class=note>Schema version {versions}.</p>{inner}")
+        summary = f"{len(manifests):,} partitions, schema version {versions}"
+        opened = " open" if len(manifests) <= 24 else ""
+        out.append(f"<h3>Partitions</h3><details{opened}><summary>{summary}</summary>{inner}</details>")
     else:
         out.append("<h3>Partitions</h3>" + _missing("No manifests were given."))
     if recipe:
@@ -485,7 +542,7 @@ def _provenance(con: "duckdb.DuckDBPyConnection", recipe: Recipe | None, manifes
 
 
 # ---------------------------------------------------------------- pictures
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dypo",
     "font.family": "sans-serif",
@@ -547,7 +604,9 @@ def _draw_grades(fig: "Figure", mix: Mapping[int, Mapping[str, int]]) -> None:
         shares = [100 * mix[r][grade] / max(1, sum(mix[r].values())) for r in rounds]
         bars = ax.bar([str(r) for r in rounds], shares, bottom=base, color=GRADE_COLOUR[grade], label=grade, width=0.72)
         if len(rounds) <= 12:
-            ax.bar_label(bars, [f"{s:.0f}" if s >= 6 else "" for s in shares], label_type="center", color="white", weight="bold")
+            ax.bar_label(
+                bars, [f"{s:.0f}" if s >= 6 else "" for s in shares], label_type="center", color="white", weight="bold"
+            )
         base = [b + s for b, s in zip(base, shares, strict=True)]
     ax.set(xlabel="round", ylim=(0, 100), yticks=range(0, 101, 25))
     ax.set_xlim(-0.6, max(len(rounds), 4) - 0.4)
@@ -559,9 +618,14 @@ def _draw_grades(fig: "Figure", mix: Mapping[int, Mapping[str, int]]) -> None:
 
 
 def _draw_evals(fig: "Figure", evals: Mapping[tuple[str, str], list[Row]], outside: Mapping[str, bool]) -> None:
-    metrics = list(dict.fromkeys(sorted((m for _, m in evals), key=lambda m: (m.split("@")[0], int(m.split("@")[-1] or 0)))))[:4]
+    metrics = list(
+        dict.fromkeys(sorted((m for _, m in evals), key=lambda m: (m.split("@")[0], int(m.split("@")[-1] or 0))))
+    )[:4]
     axes = fig.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
-    colours = {suite: LINES[i % len(LINES)] for i, suite in enumerate(sorted({s for s, _ in evals}, key=lambda s: (outside.get(s, False), s)))}
+    colours = {
+        suite: LINES[i % len(LINES)]
+        for i, suite in enumerate(sorted({s for s, _ in evals}, key=lambda s: (outside.get(s, False), s)))
+    }
     for ax, metric in zip(axes, metrics, strict=True):
         chosen = {s: points for (s, m), points in evals.items() if m == metric}
         span = max((p["x"] for points in chosen.values() for p in points), default=1) or 1
@@ -570,7 +634,9 @@ def _draw_evals(fig: "Figure", evals: Mapping[tuple[str, str], list[Row]], outsi
             y = [100 * p["value"] for p in points]
             bars = [[100 * (p["value"] - p["ci_low"]) for p in points], [100 * (p["ci_high"] - p["value"]) for p in points]]
             line = "--" if outside.get(suite) else "-"
-            ax.errorbar(x, y, bars, fmt="o", ls=line, color=colours[suite], capsize=3, lw=1.8, elinewidth=1.1, ms=5, label=suite)
+            ax.errorbar(
+                x, y, bars, fmt="o", ls=line, color=colours[suite], capsize=3, lw=1.8, elinewidth=1.1, ms=5, label=suite
+            )
         ax.set(xlabel="optimizer steps", ylim=(0, 102))
         ax.set_title(metric, loc="left", fontsize=10, color=INK)
         _whole_ticks(ax)
@@ -626,58 +692,71 @@ def _thinned(x: list[int], y: list[float]) -> tuple[list[float], list[float]]:
     """At most MAX_POINTS points: means over runs of neighbours, so a long run's page stays small."""
     size = -(-len(x) // MAX_POINTS)
     runs = range(0, len(x), size)
-    return ([sum(r) / len(r) for i in runs if (r := x[i : i + size])], [sum(r) / len(r) for i in runs if (r := y[i : i + size])])
+    return (
+        [sum(r) / len(r) for i in runs if (r := x[i : i + size])],
+        [sum(r) / len(r) for i in runs if (r := y[i : i + size])],
+    )
 
 
 CSS = f"""
-:root {{ color-scheme: light; }}
+:root {{ color-scheme: light; --ink: {INK}; --muted: {MUTED}; --line: {GRID};
+  --sans: system-ui, "Segoe UI", "DejaVu Sans", Helvetica, Arial, sans-serif;
+  --mono: ui-monospace, "SFMono-Regular", "DejaVu Sans Mono", Menlo, Consolas, monospace; }}
 * {{ box-sizing: border-box; }}
-body {{ margin: 0; background: #fff; color: {INK}; font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", Helvetica, Arial, sans-serif; }}
+body {{ margin: 0; background: #fff; color: var(--ink); font: 15px/1.5 var(--sans); }}
 header, main {{ max-width: 1120px; margin: 0 auto; padding: 0 28px; }}
 header {{ padding-top: 32px; }}
 h1 {{ margin: 0; font-size: 30px; letter-spacing: -.01em; }}
-header p {{ margin: 4px 0 14px; color: {MUTED}; }}
-nav {{ display: flex; flex-wrap: wrap; gap: 6px 20px; padding: 10px 0; border-top: 1px solid {GRID}; border-bottom: 1px solid {GRID}; }}
-nav a {{ color: #2b6cb0; text-decoration: none; }} nav a:hover {{ text-decoration: underline; }}
+header p {{ margin: 4px 0 14px; color: var(--muted); }}
+nav {{ display: flex; flex-wrap: wrap; gap: 6px 20px; padding: 10px 0;
+  border-top: 1px solid var(--line); border-bottom: 1px solid var(--line); }}
+nav a {{ color: #2b6cb0; text-decoration: none; }}
+nav a:hover {{ text-decoration: underline; }}
 section {{ margin: 40px 0; }}
 h2 {{ margin: 0 0 14px; font-size: 21px; }}
 h3 {{ margin: 26px 0 8px; font-size: 15.5px; }}
 .cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 12px; margin-top: 22px; }}
-.card {{ border: 1px solid {GRID}; border-radius: 8px; padding: 12px 16px; display: flex; flex-direction: column; }}
-.card b {{ font-weight: 500; font-size: 13px; color: {MUTED}; overflow-wrap: anywhere; }}
+.card {{ border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; display: flex; flex-direction: column; }}
+.card b {{ font-weight: 500; font-size: 13px; color: var(--muted); overflow-wrap: anywhere; }}
 .card strong {{ font-size: 21px; font-weight: 650; line-height: 1.4; font-variant-numeric: tabular-nums; }}
-.card > span {{ font-size: 13px; color: {MUTED}; }}
+.card > span {{ font-size: 13px; color: var(--muted); }}
 .grid {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 22px 28px; align-items: start; }}
 .row {{ display: flex; flex-wrap: wrap; gap: 18px 34px; }}
-figure {{ margin: 0; min-width: 0; }} .wide {{ grid-column: 1 / -1; margin-top: 18px; }}
-figcaption {{ font-size: 14px; margin-bottom: 4px; }} figcaption span {{ color: {MUTED}; font-size: 13px; margin-left: 4px; }}
+figure {{ margin: 0; min-width: 0; }}
+.wide {{ grid-column: 1 / -1; margin-top: 18px; }}
+figcaption {{ font-size: 14px; margin-bottom: 4px; }}
+figcaption span {{ color: var(--muted); font-size: 13px; margin-left: 4px; }}
 figure svg {{ width: 100%; height: auto; display: block; }}
-figure svg text {{ font-family: system-ui, "Segoe UI", "DejaVu Sans", Helvetica, Arial, sans-serif !important; }}
+figure svg text {{ font-family: var(--sans) !important; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }}
-th {{ text-align: left; font-weight: 600; color: {MUTED}; border-bottom: 1.5px solid #cbd2d9; white-space: nowrap; }}
+th {{ text-align: left; font-weight: 600; color: var(--muted); border-bottom: 1.5px solid #cbd2d9; white-space: nowrap; }}
 th, td {{ padding: 5px 10px 5px 0; vertical-align: baseline; }}
-td {{ border-bottom: 1px solid {GRID}; }}
+td {{ border-bottom: 1px solid var(--line); }}
 th.n, td.n {{ text-align: right; padding-right: 18px; white-space: nowrap; }}
-.ci {{ color: {MUTED}; font-size: 12.5px; }} .zero {{ color: #b8c1cb; }}
-.note {{ color: {MUTED}; font-size: 13px; margin: 6px 0 14px; max-width: 90ch; }}
-.missing {{ color: {MUTED}; font-style: italic; background: #f7f9fa; border-radius: 6px; padding: 10px 14px; margin: 8px 0; }}
+.ci {{ color: var(--muted); font-size: 12.5px; }}
+.zero {{ color: #b8c1cb; }}
+.note {{ color: var(--muted); font-size: 13px; margin: 6px 0 14px; max-width: 110ch; }}
+.missing {{ color: var(--muted); background: #f7f9fa; border-radius: 6px; padding: 10px 14px; margin: 8px 0; }}
 .chip {{ color: #fff; border-radius: 4px; padding: 1px 8px; font-size: 12px; font-weight: 600; }}
 .status {{ font-weight: 650; }}
 .dot {{ display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }}
 .bar {{ display: flex; width: 100%; min-width: 110px; height: 10px; border-radius: 3px; overflow: hidden; }}
-.card .bar {{ margin-top: 7px; }} .bar i {{ display: block; height: 100%; }}
-.moves {{ width: auto; }} .moves caption {{ text-align: left; color: {MUTED}; font-size: 13px; padding-bottom: 4px; }}
+.bar i {{ display: block; height: 100%; }}
+.card .bar {{ margin-top: 7px; }}
+.moves {{ width: auto; }}
+.moves caption {{ text-align: left; color: var(--muted); font-size: 13px; padding-bottom: 4px; }}
 .moves th {{ border: 0; padding: 4px 8px 4px 0; text-align: center; }}
 .moves td {{ text-align: center; min-width: 76px; padding: 7px 8px; border: 2px solid #fff; font-weight: 600; }}
-.moves small {{ display: block; font-weight: 400; color: {MUTED}; font-size: 11.5px; line-height: 1.2; }}
-details {{ border: 1px solid {GRID}; border-radius: 8px; margin: 8px 0; padding: 0 14px; }}
+.moves small {{ display: block; font-weight: 400; color: var(--muted); font-size: 11.5px; line-height: 1.2; }}
+details {{ border: 1px solid var(--line); border-radius: 8px; margin: 8px 0; padding: 0 14px; }}
 summary {{ cursor: pointer; padding: 9px 0; font-size: 13.5px; overflow-wrap: anywhere; }}
-.said {{ display: grid; grid-template-columns: 150px minmax(0, 1fr); gap: 14px; border-top: 1px solid {GRID}; padding: 8px 0; }}
-.said b {{ font-size: 12.5px; font-weight: 500; color: {MUTED}; overflow-wrap: anywhere; }}
-code, pre {{ font: 12.5px/1.5 ui-monospace, "SFMono-Regular", "DejaVu Sans Mono", Menlo, Consolas, monospace; }}
+.said {{ display: grid; grid-template-columns: 150px minmax(0, 1fr); gap: 14px; padding: 8px 0;
+  border-top: 1px solid var(--line); }}
+.said b {{ font-size: 12.5px; font-weight: 500; color: var(--muted); overflow-wrap: anywhere; }}
+code, pre {{ font: 12.5px/1.5 var(--mono); }}
 pre {{ margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 420px; overflow-y: auto; }}
-pre i {{ color: {MUTED}; }}
-@media (max-width: 760px) {{ .grid {{ grid-template-columns: minmax(0, 1fr); }} .said {{ grid-template-columns: minmax(0, 1fr); }} }}
-@media print {{ nav {{ display: none; }} section, figure, details {{ break-inside: avoid-page; }} }}
+pre i {{ color: var(--muted); }}
+@media (max-width: 760px) {{ .grid, .said {{ grid-template-columns: minmax(0, 1fr); }} }}
+@media print {{ nav {{ display: none; }} figure, .said {{ break-inside: avoid-page; }} }}
 """

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.store import connect
+from pipeline.store import ask, connect
 from schemas.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def query(con: "duckdb.DuckDBPyConnection", text: str, timeout_s: float | None =
     try:
         if timer:
             timer.start()
-        return con.execute(statements[0]).to_arrow_table()
+        return ask(con, text)
     except duckdb.Error as e:
         raise UserError(f"sql: {e}") from None
     finally:

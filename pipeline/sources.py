@@ -6,8 +6,8 @@ batch, without the trace columns: of a file with gigabytes of recorded traces, t
 
 A row's problem is the first of `prompt`, `problem`, `question`, `messages` that the file has. Its gold answer
 is verl's `reward_model.ground_truth`, else `answer`, else `solution`, kept exactly (GSM8K's keeps `#### 42`).
-Assistant messages that end `messages` are cut off: they are an answer, and `dypo generate teachers` can import
-them (engine `replay`). All other columns but the traces become `metadata`; `solution` stays there even where
+Assistant messages that end `messages` are cut off: they are an answer, and `dypo generate teachers` can
+import them (engine `replay`). All other columns but the traces become `metadata`; `solution` stays there even where
 it is the gold answer, since the teacher `worked_solution` reads it.
 
 It leaves out whether a gold answer parses (scorers) and how a prompt is rendered (policy).
@@ -37,9 +37,7 @@ from schemas.tables import ARROW
 JSONL, PARQUET = (".jsonl", ".ndjson"), (".parquet",)
 PROMPT_COLUMNS = ("prompt", "problem", "question", "messages")
 ANSWER_COLUMNS = ("answer", "solution")
-TRACE_COLUMNS = frozenset(
-    {"target", "target_lst", "target_ds_qwen_7b_probs", "generations", "completion", "completions"}
-)
+TRACE_COLUMNS = frozenset({"target", "target_lst", "target_ds_qwen_7b_probs", "generations", "completion", "completions"})
 FORMS = """\
   - prompt, problem or question (text, or a list of {role, content}) with answer or solution
   - messages (a list of {role, content}) with answer or solution
@@ -71,16 +69,12 @@ def data_files(path: Path) -> list[Path]:
         found = [p for p in inside if not any(part[0] in "._" for part in p.relative_to(path).parts)]
         found = [p for p in found if p.suffix in JSONL + PARQUET]
         if not found:
-            raise UserError(
-                f"{path}: no .jsonl or .parquet file in this folder. Give a file, or a folder that has some"
-            )
+            raise UserError(f"{path}: no .jsonl or .parquet file in this folder. Give a file, or a folder that has some")
         return found
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*") if p.suffix in JSONL + PARQUET)
         hint = f" Data files beside it: {', '.join(near[:5])}." if near else ""
-        raise UserError(
-            f"{path}: no such file.{hint} Correct `path`, which is taken from the working directory"
-        )
+        raise UserError(f"{path}: no such file.{hint} Correct `path`, which is taken from the working directory")
     if path.suffix not in JSONL + PARQUET:
         raise UserError(
             f"{path}: expected a .jsonl, .ndjson or .parquet file, found {path.suffix or 'no extension'!r}. "
@@ -100,9 +94,7 @@ def files_digest(path: Path) -> str:
 def read_rows(path: Path, skip: frozenset[str] = frozenset(), limit: int | None = None) -> Iterator[Row]:
     """The rows of one file without the columns in `skip`. UserError for whatever cannot be read."""
     if path.stat().st_size == 0:
-        raise UserError(
-            f"{path}: the file is empty. Expected at least one row; write it again or correct `path`"
-        )
+        raise UserError(f"{path}: the file is empty. Expected at least one row; write it again or correct `path`")
     read = _json_lines(path, skip) if path.suffix in JSONL else _parquet(path, skip)
     count = 0
     for row in read:
@@ -111,9 +103,7 @@ def read_rows(path: Path, skip: frozenset[str] = frozenset(), limit: int | None 
         if count == limit:
             return
     if count == 0:
-        raise UserError(
-            f"{path}: no row in the file. Expected at least one; write it again or correct `path`"
-        )
+        raise UserError(f"{path}: no row in the file. Expected at least one; write it again or correct `path`")
 
 
 def parquet_schema(path: Path) -> pa.Schema:
@@ -130,9 +120,7 @@ def _json_lines(path: Path, skip: frozenset[str]) -> Iterator[Row]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as e:
-                raise UserError(
-                    f"{path}, line {number}: expected UTF-8, found {e}. Save the file as UTF-8"
-                ) from None
+                raise UserError(f"{path}, line {number}: expected UTF-8, found {e}. Save the file as UTF-8") from None
             if not text:
                 continue
             try:
@@ -146,8 +134,7 @@ def _json_lines(path: Path, skip: frozenset[str]) -> Iterator[Row]:
                 ) from None
             if not isinstance(values, dict):
                 raise UserError(
-                    f"{path}, line {number}: expected a JSON object, found {kind_of(values)}. "
-                    "Write one object a line"
+                    f"{path}, line {number}: expected a JSON object, found {kind_of(values)}. Write one object a line"
                 )
             yield Row(path, number, {k: v for k, v in values.items() if k not in skip})
 
@@ -176,9 +163,7 @@ def _without_nanoseconds(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _unreadable(path: Path, why: Exception) -> UserError:
     first = (str(why).splitlines() or [type(why).__name__])[0]
-    return UserError(
-        f"{path}: not readable as Parquet ({first}). The file is damaged or of another kind: write it again"
-    )
+    return UserError(f"{path}: not readable as Parquet ({first}). The file is damaged or of another kind: write it again")
 
 
 def _sha256(path: Path) -> str:
@@ -214,23 +199,17 @@ def prompt_messages(row: Row, column: str) -> Messages:
     if isinstance(value, str) and column != "messages":
         value = [{"role": "user", "content": value}]
     if value is None or value == []:
-        raise UserError(
-            f"{row.where}: no prompt. Expected text or messages in `{column}`, found {kind_of(value)}. {FIX}"
-        )
+        raise UserError(f"{row.where}: no prompt. Expected text or messages in `{column}`, found {kind_of(value)}. {FIX}")
     if not isinstance(value, list):
         wanted = "messages" if column == "messages" else "text or messages"
-        raise UserError(
-            f"{row.where}: `{column}`: expected {wanted}, found {kind_of(value)} ({short(value, 40)}). {FIX}"
-        )
+        raise UserError(f"{row.where}: `{column}`: expected {wanted}, found {kind_of(value)} ({short(value, 40)}). {FIX}")
     messages = [_message(row, column, i, m) for i, m in enumerate(value, 1)]
     if column == "messages":
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
     if not messages or messages[-1]["role"] != "user":
         last = f"one of role '{messages[-1]['role']}'" if messages else "none but the assistant's"
-        raise UserError(
-            f"{row.where}: `{column}`: expected the last message to be the user's, found {last}. {FIX}"
-        )
+        raise UserError(f"{row.where}: `{column}`: expected the last message to be the user's, found {last}. {FIX}")
     if not messages[-1]["content"].strip():
         raise UserError(f"{row.where}: the prompt in `{column}` is empty; expected text. {FIX}")
     return messages
@@ -239,13 +218,8 @@ def prompt_messages(row: Row, column: str) -> Messages:
 def _message(row: Row, column: str, i: int, value: Any) -> dict[str, str]:
     role, content = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None, None)
     if not isinstance(role, str) or not role or not isinstance(content, str):
-        found = (
-            f"role {short(role)!r}, content {kind_of(content)}" if isinstance(value, dict) else kind_of(value)
-        )
-        raise UserError(
-            f"{row.where}: `{column}`, message {i}: expected {{role, content}}, both text; "
-            f"found {found}. {FIX}"
-        )
+        found = f"role {short(role)!r}, content {kind_of(content)}" if isinstance(value, dict) else kind_of(value)
+        raise UserError(f"{row.where}: `{column}`, message {i}: expected {{role, content}}, both text; found {found}. {FIX}")
     _refuse_bad_unicode(row, column, content)
     return {"role": role, "content": content}
 
@@ -288,6 +262,11 @@ def _answer(row: Row, column: str) -> str:
     return str(value)
 
 
+def whole_unicode(text: str) -> str:
+    """A text that can be written as UTF-8: JSON may hold halves of characters, which become U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def plain(value: Any) -> Any:
     """A value that JSON can hold and any reader can parse: no NaN, half characters or bytes, keys as text."""
     if isinstance(value, Mapping):
@@ -300,7 +279,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
-    return str(value).encode(errors="replace").decode()
+    return whole_unicode(str(value))
 
 
 # ---------------------------------------------------------------- public: one source
@@ -318,9 +297,7 @@ def read_source(source: FileSource | GymSource) -> pa.Table:
         return _table(source, _read_files(source))
     table = _table(source, entries := _read_gym(source))
     wanted = sum(t.size for t in source.tasks)
-    return table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), MERGED: str(wanted - len(entries)).encode()}
-    )
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), MERGED: str(wanted - len(entries)).encode()})
 
 
 def merged_rows(table: pa.Table) -> int:
@@ -366,9 +343,7 @@ def _read_files(source: FileSource) -> list[tuple[Messages, str, dict[str, Any]]
                 continue
             first[key] = (row, gold)
             gone = {prompt, "messages"} | ({answer} if answer == "answer" else set())
-            out.append(
-                (messages, gold, {k: v for k, v in row.values.items() if k not in gone and v is not None})
-            )
+            out.append((messages, gold, {k: v for k, v in row.values.items() if k not in gone and v is not None}))
     if repeats:
         raise _repeated(source.path, repeats)
     return out
@@ -415,18 +390,12 @@ def _form(path: Path, columns: list[str], verl: bool) -> tuple[str, str]:
 def _repeated(path: Path, repeats: list[tuple[Row, str, Row, str, str]]) -> UserError:
     row, gold, before, gold_before, text = repeats[0]
     more = f"; {len(repeats) - 1} more rows repeat prompts" if len(repeats) > 1 else ""
-    answers = (
-        ""
-        if gold == gold_before
-        else f" Their answers differ ({short(gold_before, 30)!r}, {short(gold, 30)!r})."
-    )
+    answers = "" if gold == gold_before else f" Their answers differ ({short(gold_before, 30)!r}, {short(gold, 30)!r})."
     earlier = f"row {before.number}" if before.path == row.path else before.where
     fix = "Delete the repeated rows"
     column = next((c for c in PROMPT_COLUMNS if isinstance(row.values.get(c), str)), None)
     if path.is_file() and column:
-        read, write = (
-            ("read_parquet", "write_parquet") if path.suffix in PARQUET else ("read_ndjson", "write_ndjson")
-        )
+        read, write = ("read_parquet", "write_parquet") if path.suffix in PARQUET else ("read_ndjson", "write_ndjson")
         new = path.with_name(f"{path.stem}.unique{path.suffix}")
         fix += (
             f" (this keeps the first of each: python -c \"import polars as pl; pl.{read}('{path}')"
@@ -467,9 +436,7 @@ def _read_gym(source: GymSource) -> list[tuple[Messages, str, dict[str, Any]]]:
     )
     if child.returncode != 0:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"source '{source.name}': reasoning_gym stopped with exit code {child.returncode}: {last}"
-        )
+        raise UserError(f"source '{source.name}': reasoning_gym stopped with exit code {child.returncode}: {last}")
     reply = json.loads(child.stdout)
     if "refused" in reply:
         raise UserError(f"source '{source.name}': {reply['refused']}")
@@ -491,11 +458,16 @@ def gym_child() -> None:
     os.dup2(2, 1)  # some tasks print
     source = GymSource.model_validate_json(sys.stdin.read())
     try:
-        reply = {"entries": [item for i, _ in enumerate(source.tasks) for item in _gym_task(source, i)]}
+        reply = {"entries": gym_entries(source)}
     except UserError as e:
         reply = {"refused": str(e)}
     json.dump(reply, out)
     out.flush()
+
+
+def gym_entries(source: GymSource) -> list[dict[str, Any]]:
+    """The problems of all tasks, as their prompts' metadata will be; in a process whose hash seed is fixed."""
+    return [item for i, _ in enumerate(source.tasks) for item in _gym_task(source, i)]
 
 
 def _gym_task(source: GymSource, i: int) -> Iterator[dict[str, Any]]:
@@ -508,11 +480,7 @@ def _gym_task(source: GymSource, i: int) -> Iterator[dict[str, Any]]:
     task = source.tasks[i]
     if task.name not in DATASETS:
         near = difflib.get_close_matches(task.name, DATASETS, n=3, cutoff=0.5)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"reasoning_gym has: {', '.join(sorted(DATASETS))}"
-        )
+        hint = f"did you mean {' or '.join(near)}?" if near else f"reasoning_gym has: {', '.join(sorted(DATASETS))}"
         raise UserError(f"tasks: reasoning_gym has no task '{task.name}'; {hint}")
     known = {f.name for f in dataclasses.fields(DATASETS[task.name][1])} - {"seed", "size"}
     for key in task.settings:
@@ -523,19 +491,15 @@ def _gym_task(source: GymSource, i: int) -> Iterator[dict[str, Any]]:
             )
     random.seed(f"{source.seed}/{i}")  # list_functions draws from the global generator
     try:
-        entries = list(
-            reasoning_gym.create_dataset(task.name, size=task.size, seed=source.seed, **task.settings)
-        )
+        entries = list(reasoning_gym.create_dataset(task.name, size=task.size, seed=source.seed, **task.settings))
     except Exception as e:  # a task checks its settings with asserts, and may fail on odd ones anywhere
         raise UserError(
-            f"task '{task.name}' refused settings {task.settings or '(none)'}: {type(e).__name__}: "
-            f"{e}. Correct the settings"
+            f"task '{task.name}' refused settings {task.settings or '(none)'}: {type(e).__name__}: {e}. Correct the settings"
         ) from None
     for entry in entries:
         if entry["answer"] is None:
             raise UserError(
-                f"task '{task.name}' gives problems without a gold answer, and a prompt needs one. "
-                "Choose another task"
+                f"task '{task.name}' gives problems without a gold answer, and a prompt needs one. Choose another task"
             )
         kept = {"question": entry["question"], "answer": str(entry["answer"]), "metadata": entry["metadata"]}
         item = {"task": task.name, "entry": plain(kept)}
@@ -566,10 +530,10 @@ def worked_solution(task: str, entry: Mapping[str, Any]) -> str | None:
 def split_prompts(tables: Sequence[pa.Table], sources: Sequence[FileSource | GymSource]) -> pa.Table:
     """All sources as one table, each prompt once and on one side.
 
-    `eval_rows` of a train source go to eval: those whose digest of prompt_id is smallest. Neither the order of
-    rows nor a seed matters, and appending rows never moves an old train prompt to eval (it can move an eval
-    prompt to train, as the number is fixed). UserError if a prompt stands in two sources, or one conversation
-    on both sides of the split, whatever its system message.
+    `eval_rows` of a train source go to eval: those whose digest of prompt_id is smallest. Neither the order
+    of rows nor a seed matters, and appending rows never moves an old train prompt to eval (it can move an
+    eval prompt to train, as the number is fixed). UserError if a prompt stands in two sources, or one
+    conversation on both sides of the split, whatever its system message.
     """
     split = [_eval_moved(table, source) for table, source in zip(tables, sources, strict=True)]
     places: dict[str, dict[str, Any]] = {}
@@ -590,7 +554,7 @@ def _eval_moved(table: pa.Table, source: FileSource | GymSource) -> pa.Table:
     if source.split == "eval":
         raise UserError(
             f"source '{source.name}': eval_rows = {source.eval_rows} belongs to a source with "
-            "split = 'train'; here all prompts go to eval anyway. Remove eval_rows (to use fewer rows, set limit)"
+            "split = 'train'; here all prompts go to eval. Remove eval_rows (to use fewer rows, set limit)"
         )
     ids = table.column("prompt_id").to_pylist()
     if source.eval_rows >= len(ids):

@@ -77,8 +77,8 @@ def paired_difference(before_P: Sequence[float], after_P: Sequence[float]) -> Es
 
     Pairing takes the problems' difficulty out, so this is narrower than the two intervals suggest.
     """
-    shifted = estimate([(after - before + 1) / 2 for before, after in zip(before_P, after_P, strict=True)])
-    return Estimate(*(2 * x - 1 for x in (shifted.value, shifted.ci_low, shifted.ci_high)), shifted.problems)
+    e = estimate([(after - before + 1) / 2 for before, after in zip(before_P, after_P, strict=True)])
+    return Estimate(2 * e.value - 1, 2 * e.ci_low - 1, 2 * e.ci_high - 1, e.problems)
 
 
 def _wilson(p: float, n: float) -> tuple[float, float]:

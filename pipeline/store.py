@@ -244,6 +244,11 @@ def open_views(run: Path) -> "duckdb.DuckDBPyConnection":
     return con
 
 
+def ask(con: "duckdb.DuckDBPyConnection", text: str, **parameters: object) -> pa.Table:
+    """The whole result of one query as Arrow."""
+    return con.sql(text, params=parameters or None).to_arrow_table()
+
+
 def _view(con: "duckdb.DuckDBPyConnection", name: str, files: list[Path], columns: str) -> None:
     if files:
         names = ", ".join("'" + str(f).replace("'", "''") + "'" for f in files)

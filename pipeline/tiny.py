@@ -5,7 +5,7 @@ One idea: every text is written over one small alphabet with one token a charact
 
     prompt     8+46         operands are written little-endian: 46 stands for sixty-four, so no carry looks ahead
     rendered   ^8+46=       by the policy's chat template; `^` opens a text, `=` asks
-    response   8+46=27>27   steps in one of the teachers' styles, `>`, the answer (seventy-two); EOS `.` is the pipeline's to add
+    response   8+46=27>27   steps in a teacher's style, `>`, the answer (seventy-two); the pipeline adds the EOS `.`
     verdict    right iff the text matches ANSWER, group 1 equals the gold and the generation ended in EOS
 
 It leaves out the policy (data/tiny_policy, made by data/make_tiny_policy.py), tokenisation and scoring: this file knows text

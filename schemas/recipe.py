@@ -143,6 +143,7 @@ class Policy(Model):
     model: Path
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1, description="of torch on a CPU; bitwise resume holds at the same number")
 
 
 class Rollouts(Model):
@@ -252,6 +253,12 @@ class DypoMethod(Model):
         if not isinstance(values, dict):
             return values
         return _merge(PRESETS.get(values.get("preset", "default"), {}), values)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the base policy's log-probs, so that rows of role ref are needed."""
+        weight = 1 - self.alpha if self.gal_weight is None else self.gal_weight
+        return self.gal.ref == "init" and weight > 0
 
     @model_validator(mode="after")
     def _queue_has_its_rate(self) -> "DypoMethod":

@@ -248,7 +248,7 @@ def _inverse_cdf(p_BV: Any, uniform_B: Any, top_p: float) -> Any:
     import torch
 
     if top_p < 1:
-        sorted_BV, order_BV = p_BV.sort(-1, descending=True, stable=True)
+        sorted_BV, order_BV = torch.sort(p_BV, dim=-1, descending=True, stable=True)
         sorted_BV = sorted_BV.masked_fill(sorted_BV.cumsum(-1) - sorted_BV >= top_p, 0.0)
         p_BV = torch.zeros_like(p_BV).scatter(-1, order_BV, sorted_BV)
     cumulated_BV = p_BV.cumsum(-1)

@@ -1,12 +1,12 @@
 """Engine `openai`: any OpenAI-compatible chat server, hosted or on loopback (vLLM, SGLang, llama.cpp).
 
-One idea: a sample is one request of its own (n = 1, with a seed derived from prompt and sample), because many servers
-ignore `n` and a request is what gets lost, repeated and counted. Requests run on an event loop in a daemon thread;
-`run` hands finished samples over in lists of a few seconds' work, so a kill or Ctrl-C costs at most those.
+One idea: a sample is one request of its own (n = 1, a seed derived from prompt and sample), because many
+servers ignore `n`, and a request is what gets lost, repeated and counted. Requests run on an event loop in a
+daemon thread; `run` hands finished samples over in lists of a few seconds' work: a kill costs at most those.
 
-    retried      time-outs, refused or broken connections, 408, 409, 425, 429, 5xx, and garbage (not JSON, no choice,
-                 no text, no finish_reason): exponential backoff with jitter, or as long as Retry-After says
-    Failure      what is left of those after `retries`; other 4xx; finish reasons that are neither stop nor length
+    retried      time-outs, broken connections, 408, 409, 425, 429, 5xx, and garbage (not JSON, no choice, no
+                 text, no finish_reason): exponential backoff with jitter, or as long as Retry-After says
+    Failure      what is left of those after `retries`; other 4xx; a finish that is neither stop nor length
     WorkError    401, 403, 404; a server that does not answer at the start; 16 requests failed in a row
 
 Text that a server hands over apart as `reasoning_content` (or `reasoning`) is put before the answer in
@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.engines.base import Ask, Failure, Finished, Sample
+from pipeline.sources import whole_unicode
 from schemas.errors import UserError, WorkError
 from schemas.ids import seed_from
 from schemas.recipe import OpenAIEngine
@@ -54,26 +55,23 @@ class OpenAITeacher:
     name = "openai"
     seeded = True
     complete = True
+    note = ""
 
     def __init__(self, config: OpenAIEngine, who: str = "openai") -> None:
         self._config, self._who = config, who
         parts = urlsplit(config.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(
-                f"{who}: base_url: expected http://host:port/v1 or https://..., found {config.base_url!r}. Correct it"
-            )
+            raise UserError(f"{who}: base_url: expected http(s)://host:port/v1, found {config.base_url!r}. Correct it")
         if parts.username or parts.password or parts.query:
             raise UserError(
-                f"{who}: base_url: expected no user, password or query (the recipe is kept in the run folder), found "
-                f"some in front of or behind {parts.hostname}. Put the key into the environment variable "
-                f"{config.api_key_env}, or name another in api_key_env"
+                f"{who}: base_url: expected no user, password or query around {parts.hostname}, as the "
+                f"recipe is kept in the run folder. Put the key into the environment variable {config.api_key_env}, "
+                "or name another in api_key_env"
             )
         try:
             importlib.import_module("openai")
         except ImportError:
-            raise UserError(
-                f"{who}: engine 'openai' needs the package openai, which is not installed: pip install dypo[openai]"
-            ) from None
+            raise UserError(f"{who}: engine 'openai' needs the package of that name: pip install dypo[openai]") from None
 
     def run(self, asks: Sequence[Ask], finished: Finished) -> Iterator[list[Result]]:
         """Yields finished samples in the order in which the server answers."""
@@ -87,9 +85,7 @@ class OpenAITeacher:
         try:
             while left:
                 try:
-                    item = results.get(
-                        timeout=max(0.0, began + FLUSH_S - time.monotonic()) if batch else None
-                    )
+                    item = results.get(timeout=max(0.0, began + FLUSH_S - time.monotonic()) if batch else None)
                 except queue.Empty:
                     item = None
                 if isinstance(item, BaseException):
@@ -102,7 +98,7 @@ class OpenAITeacher:
                     yield full
                 if not batch:
                     began = time.monotonic()
-        except (WorkError, KeyboardInterrupt):
+        except (Exception, KeyboardInterrupt):
             crew.stop()
             batch += _left_over(results)
             if batch:
@@ -130,12 +126,14 @@ class _Bad:
     why: str
     again: bool = True
     wait_s: float | None = None
-    connected: bool = True
+    connected: bool = True  # the server was there
+    counts: bool = True  # towards the failures in a row that mean a broken server
+    free: bool = False  # not an attempt: our own correction
     fatal: str | None = None
 
 
 class _Crew:
-    """`concurrency` workers on an event loop of their own; every result and the error that ends it go to `results`."""
+    """`concurrency` workers on an event loop of their own; what they get goes to `results`, errors too."""
 
     def __init__(
         self, config: OpenAIEngine, who: str, work: Work, results: "queue.SimpleQueue[Result | BaseException]"
@@ -143,31 +141,26 @@ class _Crew:
         self._config, self._who, self._results = config, who, results
         self._work = iter(work)
         self._workers = min(config.concurrency, len(work))
-        self._key = os.environ.get(config.api_key_env) or ""
+        self._key = os.environ.get(config.api_key_env, "").strip()
         self._length_key = "max_tokens"
         self._failed_in_a_row = 0
         self._answered = False
         self._loop = asyncio.new_event_loop()
-        self._main: asyncio.Task[None] | None = None
+        self._main = self._loop.create_task(self._all())
         self._thread = threading.Thread(target=self._serve, name="openai-teacher", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the requests under way; returns at once, or after the second that closing connections may take."""
+        """Ends the requests under way; closing their connections may take a second."""
         if self._thread.is_alive():
             try:
-                self._loop.call_soon_threadsafe(self._cancel)
+                self._loop.call_soon_threadsafe(self._main.cancel)
             except RuntimeError:  # closed in between
                 return
             self._thread.join(timeout=1.0)
 
-    def _cancel(self) -> None:
-        if self._main is not None:
-            self._main.cancel()
-
     def _serve(self) -> None:
         try:
-            self._main = self._loop.create_task(self._all())
             self._loop.run_until_complete(self._main)
         except asyncio.CancelledError:
             self._results.put(WorkError(f"{self._who}: stopped"))
@@ -202,7 +195,7 @@ class _Crew:
             if isinstance(got, Sample):
                 self._failed_in_a_row = 0
                 return got
-            attempt += 1
+            attempt += not got.free
             if got.fatal is not None:
                 raise WorkError(self._text(got.fatal))
             self._answered |= got.connected
@@ -219,7 +212,7 @@ class _Crew:
             await asyncio.sleep(wait if got.wait_s is None else min(got.wait_s, MAX_RETRY_AFTER_S))
 
     def _failure(self, ask: Ask, sample: int, got: _Bad, attempts: int) -> Failure:
-        self._failed_in_a_row += 1
+        self._failed_in_a_row = self._failed_in_a_row + 1 if got.counts else 0
         if self._failed_in_a_row >= IN_A_ROW:
             raise WorkError(
                 self._text(
@@ -246,13 +239,11 @@ class _Crew:
         except openai.APIStatusError as e:
             return await self._refused(client, e, limit)
         except (TimeoutError, openai.APITimeoutError) as e:
-            never = type(e.__cause__).__name__ == "ConnectTimeout"
-            why = "no connection" if never else "no answer"
-            return _Bad(f"{why} within {CONNECT_S if never else config.timeout_s:g} s", connected=not never)
+            if type(e.__cause__).__name__ == "ConnectTimeout":
+                return _Bad("no connection in time", connected=False)
+            return _Bad(f"no answer within {config.timeout_s:g} s")
         except openai.APIConnectionError as e:
-            return _Bad(
-                f"connection failed: {str(e.__cause__ or e) or type(e.__cause__).__name__}", connected=False
-            )
+            return _Bad(f"connection failed: {str(e.__cause__ or e) or type(e.__cause__).__name__}", connected=False)
         made = _read(reply.content)
         if isinstance(made, _Bad):
             return made
@@ -279,7 +270,7 @@ class _Crew:
             return _Bad(why, wait_s=_retry_after(e.response.headers))
         if code == 400 and limit == "max_tokens" and "max_completion_tokens" in said:
             self._length_key = "max_completion_tokens"
-            return _Bad(why, wait_s=0.0)
+            return _Bad(why, wait_s=0.0, free=True)
         return _Bad(why, again=False)
 
     def _text(self, message: str) -> str:
@@ -296,7 +287,7 @@ KEPT = "Finished rows are kept."
 async def _client(config: OpenAIEngine, key: str) -> AsyncIterator[Any]:
     import openai
 
-    timeout = openai.Timeout(config.timeout_s, connect=min(CONNECT_S, config.timeout_s))
+    timeout = openai.Timeout(config.timeout_s, connect=min(CONNECT_S, 0.9 * config.timeout_s))
     client = openai.AsyncOpenAI(
         base_url=config.base_url, api_key=key or "none", max_retries=0, timeout=timeout
     )  # a local server takes any key
@@ -327,19 +318,17 @@ def _read(content: bytes) -> tuple[str, str, str | None] | _Bad:
     thought = thought.strip() if isinstance(thought, str) else ""
     finish = "stop" if reason in STOP else "length" if reason in LENGTH else None
     if isinstance(reason, str) and finish is None:
-        return _Bad(f"finish_reason '{reason}', expected stop or length", again=False)
+        return _Bad(f"finish_reason '{reason}', expected stop or length", again=False, counts=False)
     if not isinstance(text, str) or not text.strip():
         if finish == "length" and thought:
             return _Bad("max_tokens ended the reasoning before any answer; raise max_tokens", again=False)
-        return _Bad(
-            f"garbage: expected a text, found {'an empty one' if isinstance(text, str) else repr(text)[:60]}"
-        )
+        return _Bad(f"garbage: expected a text, found {'an empty one' if isinstance(text, str) else repr(text)[:60]}")
     if finish is None:
         return _Bad(f"garbage: expected a finish_reason, found {reason!r}")
     if thought and not text.lstrip().startswith("<think>"):
         text = f"<think>\n{thought}\n</think>\n\n{text.lstrip()}"
     model = reply.get("model")
-    return text, finish, model if isinstance(model, str) and model else None
+    return whole_unicode(text), finish, model if isinstance(model, str) and model else None
 
 
 def _said(e: Any) -> str:

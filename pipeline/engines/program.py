@@ -1,7 +1,7 @@
-"""Engine `program`: a teacher that is a Python function. The tiny world's solvers, worked solutions, or the user's own.
+"""Engine `program`: a teacher that is a Python function: tiny-world solvers, worked solutions, the user's own.
 
-A user's function lives in `path/to/file.py:function` and is called as `function(prompt, rng)`, prompt being the
-text of the last user message and rng a `random.Random` of this sample alone. Parameters named `answer`,
+A user's function lives in `path/to/file.py:function` and is called as `function(prompt, rng)`: the text of
+the last user message, and a `random.Random` of this sample alone. Parameters named `answer`,
 `messages`, `metadata`, `prompt_id` or `sample` are filled in too (with `**row`, all of them). It returns the
 trace, or None where it has none; an exception is a Failure of that sample alone.
 
@@ -36,10 +36,11 @@ Call = Callable[[Ask, int, random.Random], str | None]
 
 
 class ProgramTeacher:
-    """Runs one program for every sample. `complete` is False where a program may have no trace for a prompt."""
+    """Runs one program for every sample; `complete` is False where it may have no trace for a prompt."""
 
     name = "program"
     seeded = True
+    note = ""
 
     def __init__(self, program: str, who: str = "program") -> None:
         self.program, self._who = program, who
@@ -51,8 +52,8 @@ class ProgramTeacher:
         """Yields lists of a few seconds' work, in the order of asks and samples."""
         if self.program == WORKED and asks and not any(_solution(ask) for ask in asks):
             raise UserError(
-                f"{self._who}: program '{WORKED}' reads the worked solution in a prompt's metadata (key `solution`), "
-                f"and none of the {len(asks)} prompts has one. Give the source a `solution` column, use a "
+                f"{self._who}: program '{WORKED}' reads the worked solution in a prompt's metadata (`solution`), and "
+                f"none of the {len(asks)} prompts has one. Give the source a `solution` column, use a "
                 "reasoning-gym task that carries one (gsm_symbolic), or name another program"
             )
         batch: list[Sample | Failure] = []
@@ -73,6 +74,8 @@ class ProgramTeacher:
         seed = seed_from(ask.seed, sample)
         try:
             text = self._call(ask, sample, random.Random(seed))
+            if isinstance(text, str):
+                text.encode()  # half a character could not be written
         except Exception as e:
             at = traceback.extract_tb(e.__traceback__)[-1]
             why = f"{self.program}: {type(e).__name__}: {e} ({Path(at.filename).name}, line {at.lineno})"
@@ -81,9 +84,7 @@ class ProgramTeacher:
             return None
         if not isinstance(text, str) or not text.strip():
             found = "an empty text" if isinstance(text, str) else f"{type(text).__name__} {text!r:.80}"
-            return Failure(
-                ask.prompt_id, sample, f"{self.program}: expected a text (or None), it returned {found}"
-            )
+            return Failure(ask.prompt_id, sample, f"{self.program}: expected a text (or None), it returned {found}")
         sampling = json.dumps({"seed": seed})
         return Sample(ask.prompt_id, sample, text, "stop", model=self.program, sampling=sampling)
 
@@ -104,13 +105,11 @@ def user_file(program: str, who: str = "program") -> Path | None:
     if colon and path.endswith(".py"):
         if not Path(path).is_file():
             raise UserError(
-                f"{who}: {path}: no such file, for program '{program}'. Correct the path, which is taken from the "
-                "working directory"
+                f"{who}: {path}: no such file, for program '{program}'. Correct the path, which is "
+                "taken from the working directory"
             )
         if not function.isidentifier():
-            raise UserError(
-                f"{who}: program '{program}': expected path/to/file.py:function, found no function name"
-            )
+            raise UserError(f"{who}: program '{program}': expected path/to/file.py:function, found no function name")
         return Path(path)
     from pipeline.tiny import TEACHERS
 
@@ -134,9 +133,7 @@ def _user_call(program: str, path: Path, who: str) -> Call:
     name = program.rpartition(":")[2]
     function = getattr(module, name, None)
     if not callable(function):
-        there = [
-            n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__
-        ]
+        there = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         raise UserError(
             f"{who}: {path}: expected a function '{name}', found {', '.join(there) or 'no function'}. "
             f"Define it as `def {name}(prompt, rng): ...`, or name another"
@@ -173,14 +170,13 @@ def _keywords(function: Callable[..., Any], what: str) -> tuple[str, ...]:
 def _module(path: Path, who: str) -> ModuleType:
     name = "dypo_program_" + hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path  # a .py file always has both
+    assert spec is not None, path  # a .py file always has a spec and a loader
+    assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses in the file look themselves up here
     try:
         spec.loader.exec_module(module)
     except Exception as e:
         del sys.modules[name]
-        raise UserError(
-            f"{who}: {path}: cannot be imported: {type(e).__name__}: {e}. Correct the file"
-        ) from None
+        raise UserError(f"{who}: {path}: cannot be imported: {type(e).__name__}: {e}. Correct the file") from None
     return module

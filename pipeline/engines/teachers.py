@@ -1,7 +1,7 @@
-"""From a recipe's teacher to the engine that writes its traces, and what its rows depend on besides the recipe.
+"""From a recipe's teacher to the engine that writes its traces, and what rows depend on besides the recipe.
 
-Besides engines/base.py, these engines have `complete` (False: a sample that is not produced is absent, not failed) and
-may set `note`, one line about what they found, by the time that the first list comes.
+Besides what engines/base.py asks for, these engines have `complete` (False: a sample that is not produced is
+absent, not failed) and `note`, one line about what they found ("" until the first list comes, or for good).
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ class TeacherEngine(Engine, Protocol):
     """An engine that may have nothing for some samples."""
 
     complete: bool
+    note: str
 
 
 def teacher_engine(teacher: Teacher) -> TeacherEngine:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.context import Context
 from pipeline.policy import Renderer
 from pipeline.stage import Outcome, Spec, current, make_table, need, nothing
-from pipeline.store import open_views, sql
+from pipeline.store import ask, open_views, sql
 from schemas.errors import UserError
 from schemas.ids import digest
 from schemas.tables import ARROW, IDS, S
@@ -116,7 +116,7 @@ def _fitting_traces(ctx: Context, round: int) -> pa.Table:
     renderer = Renderer(ctx.recipe.policy.model)
     _refuse_another_tokenizer(ctx, con, renderer, round)
     named = {t.name for t in ctx.recipe.teachers}
-    found = con.execute(sql("verified_traces"), {"round": round}).to_arrow_table().to_pylist()
+    found = ask(con, sql("verified_traces"), round=round).to_pylist()
     found = [r for r in found if r["teacher"] in named]
     rows = []
     for r in found:
@@ -137,7 +137,7 @@ def _refuse_another_tokenizer(ctx: Context, con: "duckdb.DuckDBPyConnection", re
         "select r.prompt_id, p.messages, min(r.prompt_tokens) as tokens from rollouts r join prompts p using (prompt_id) "
         "where r.round = $round group by all order by all"
     )
-    for row in con.execute(query, {"round": round}).to_arrow_table().to_pylist():
+    for row in ask(con, query, round=round).to_pylist():
         now = renderer.prompt_tokens(row["messages"])
         if now != row["tokens"]:
             raise UserError(
@@ -149,14 +149,14 @@ def _refuse_another_tokenizer(ctx: Context, con: "duckdb.DuckDBPyConnection", re
 
 def _grade(ctx: Context, round: int, it: Spec, con: "duckdb.DuckDBPyConnection") -> Outcome:
     started = time.monotonic()
-    unscored = con.execute(sql("checks/unscored_rollouts"), {"round": round}).to_arrow_table()
+    unscored = ask(con, sql("checks/unscored_rollouts"), round=round)
     if unscored.num_rows:
         raise UserError(
             f"rollouts/round={round}: {unscored.num_rows} rollouts have no verdict (first: "
             f"{unscored.column('rollout_id')[0]}). Run `dypo score {ctx.run} --round {round}` first"
         )
     g = ctx.recipe.grade
-    rows = _ask(
+    rows = _select(
         con, query_text(g.query, "grade"), "grades", str(g.query or "grade.sql"),
         round=round, k=ctx.recipe.rollouts.k, hard_max_successes=g.hard_max_successes,
         easy_max_failures=g.easy_max_failures, max_tokens=g.max_tokens, unjudged_to_routes=g.unjudged_to_routes,
@@ -167,14 +167,14 @@ def _grade(ctx: Context, round: int, it: Spec, con: "duckdb.DuckDBPyConnection")
 def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyConnection") -> list[Outcome]:
     started = time.monotonic()
     method, g = ctx.recipe.train.method, ctx.recipe.grade
-    rows = _ask(
+    rows = _select(
         con, query_text(method.query, f"route_{method.type}"), "shards", str(method.query or f"route_{method.type}.sql"),
         round=round, k=ctx.recipe.rollouts.k, max_tokens=g.max_tokens, advantage_scale=method.grpo.advantage,
         eps=method.grpo.eps,
     )  # fmt: skip
     con.register("routed_arrow", rows)
     con.execute("create table routed as select * from routed_arrow")
-    bad = con.execute(sql("checks/shards")).to_arrow_table().to_pylist()
+    bad = ask(con, sql("checks/shards")).to_pylist()
     if bad:
         raise UserError(
             f"{method.query or method.type}: the routing query returned {len(bad)} rows that cannot be trained on; first: "
@@ -190,13 +190,13 @@ def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyCon
     return outcomes
 
 
-def _ask(con: "duckdb.DuckDBPyConnection", text: str, table: str, name: str, **parameters: Any) -> pa.Table:
+def _select(con: "duckdb.DuckDBPyConnection", text: str, table: str, name: str, **parameters: Any) -> pa.Table:
     """Runs a grading or routing query with those of the parameters it names; the result must have the table's columns."""
     import duckdb
 
     used = {k: v for k, v in parameters.items() if f"${k}" in text}
     try:
-        got = con.execute(text, used).to_arrow_table()
+        got = ask(con, text, **used)
     except duckdb.Error as e:
         raise UserError(f"{name}: DuckDB refused the query: {e}. It may use the parameters {', '.join(parameters)}") from None
     want = ARROW[table]

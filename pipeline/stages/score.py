@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,10 +11,11 @@ from pipeline.context import Context
 from pipeline.progress import progress
 from pipeline.scorers import Item, VerdictPool
 from pipeline.scorers import version as scorer_version
+from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome, Spec, begin, current, finish, finished, need, nothing
-from pipeline.store import Partition, partitions, read_parts, sha256_file
+from pipeline.store import Partition, partitions, read_parts
 from schemas.errors import UserError, WorkError
-from schemas.scorers import UserScorer
+from schemas.scorers import ScorerConfig, UserScorer
 from schemas.tables import ARROW
 
 BATCH = 2048  # rows in one part file, and so what a kill can cost
@@ -33,7 +33,7 @@ def spec(ctx: Context, kind: str, source: Partition) -> Spec:
     if manifest is None or prompts is None:
         raise UserError(f"{source.folder}: not there or not finished; nothing to score")
     verifiers = {
-        name: {**v.model_dump(mode="json"), "version": scorer_version(v), **_user_code(v)}
+        name: {**v.model_dump(mode="json"), "version": scorer_version(v), **_code(v)}
         for name, v in sorted(ctx.recipe.score.verifiers.items())
     }
     part = ctx.part("scores", kind=kind, **dict(source.keys))
@@ -41,11 +41,11 @@ def spec(ctx: Context, kind: str, source: Partition) -> Spec:
     return Spec("score", part, {"verifiers": verifiers, "timeout_s": ctx.recipe.score.timeout_s}, parents, 0)
 
 
-def _user_code(verifier: Any) -> dict[str, str]:
+def _code(verifier: ScorerConfig) -> dict[str, str]:
+    """A user's function is part of what verdicts depend on: its file's hash, not its place on disk."""
     if not isinstance(verifier, UserScorer):
         return {}
-    path = Path(verifier.function.rpartition(":")[0])
-    return {"code": sha256_file(path), "function": verifier.function.rpartition(":")[2]} if path.exists() else {}
+    return {"function": verifier.function.rpartition(":")[2], "code": source_hash(verifier)}
 
 
 def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:

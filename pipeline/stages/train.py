@@ -66,13 +66,6 @@ def spec(ctx: Context, round: int) -> Spec:
     return Spec("train", ctx.part("checkpoints", round=round), config, parents, ctx.recipe.seed, expensive=True)
 
 
-def needs_reference(ctx: Context) -> bool:
-    """Whether the method compares with the base policy's log-probs."""
-    method = ctx.recipe.train.method
-    weight = method.gal_weight if method.gal_weight is not None else 1 - method.alpha
-    return method.gal.ref == "init" and weight > 0
-
-
 def logprob_spec(ctx: Context, round: int) -> Spec:
     rl = ctx.part("shards", round=round, route="rl").manifest()
     assert rl is not None
@@ -103,7 +96,7 @@ def run(ctx: Context, round: int, trainer: Any, *, regenerate: bool = False) -> 
         return [Outcome("train", it.partition.label, "nothing", f"same fingerprint {it.fingerprint[:12]}", end.rows, facts=end.facts)]
     _make_room(ctx, it, round, regenerate)
     ref = None
-    if needs_reference(ctx):
+    if ctx.recipe.train.method.needs_reference:
         outcomes.append(_reference(ctx, round, shards, trainer))
         ref = read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")
     graded = need(ctx.run, "grades", {"round": round}, command=f"dypo grade {ctx.run}").facts["grades"]

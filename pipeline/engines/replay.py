@@ -1,0 +1,385 @@
+"""Engine `replay`: traces that were recorded elsewhere, as one of the teachers.
+
+A record is recognised by its columns, in this order:
+
+    target       LUFFY: [{role, content}], one teacher. The official DYPO code's: [{role, content: [text, ...]}], a
+                 text for each teacher, `select` = its index. Ours: [{role, content, teacher}], `select` = the name
+    generations  OpenR1-Math-220k: a list of texts, samples of one teacher, in order; `finish_reasons` beside it, or
+                 `is_reasoning_complete`, says which ones were cut off (length)
+    text, completion or response     one sample a row; `teacher`, `sample`, `finish_reason`, `model` beside it count
+    messages     that end with the assistant's: its answer
+
+A record belongs to the prompt with the same messages (`prompt_id`, `prompt`, `problem`, `question` or `messages`),
+else, system messages aside, to the one with the same conversation, else to the one whose last user message is the
+record's problem. Samples that the file does not have are absent, not failed.
+
+A text where one per teacher is expected is refused: picking "the second" of a text would take its second letter.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.engines.base import Ask, Failure, Finished, Sample
+from pipeline.sources import (
+    FIX,
+    PARQUET,
+    PROMPT_COLUMNS,
+    Row,
+    data_files,
+    kind_of,
+    parquet_schema,
+    prompt_messages,
+    read_rows,
+    short,
+    whole_unicode,
+)
+from schemas.errors import UserError
+from schemas.ids import digest, prompt_id
+from schemas.recipe import ReplayEngine
+
+FLUSH_ROWS = 256
+TEXT_COLUMNS = ("text", "completion", "response")
+BESIDE = (
+    "teacher",
+    "sample",
+    "finish_reason",
+    "finish_reasons",
+    "is_reasoning_complete",
+    "model",
+    "sampling",
+)
+FORMS = """\
+  - target: a list of {role, content} (LUFFY), with `teacher` beside content, or with a list of texts as content
+  - generations: a list of texts (OpenR1-Math-220k)
+  - text, completion or response: one trace a row
+  - messages that end with the assistant's
+each beside prompt, problem, question, messages or prompt_id"""
+THINK = "<think>"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One recorded text; `sample` None: the next of its prompt."""
+
+    text: str
+    where: str
+    finish_reason: str = "stop"
+    sample: int | None = None
+    teacher: str | None = None
+    model: str = ""
+    sampling: str = "{}"
+
+
+Recorded = dict[str, dict[int, Trace]]  # prompt_id -> sample -> trace
+
+
+class ReplayTeacher:
+    """Recorded traces for the prompts asked for; `note` says how many records and prompts met."""
+
+    name = "replay"
+    seeded = False
+    complete = False
+
+    def __init__(self, config: ReplayEngine, who: str = "replay") -> None:
+        self._path, self._select, self._who = config.path, config.select, who
+        self._files = {path: self._skipped(path) for path in data_files(config.path)}
+        self.note = ""
+
+    def run(self, asks: Sequence[Ask], finished: Finished) -> Iterator[list[Sample | Failure]]:
+        """Yields lists in the order of asks. The whole file is read and checked before the first one."""
+        if not any((ask.prompt_id, s) not in finished for ask in asks for s in ask.samples):
+            return
+        recorded = self._read(asks)
+        batch: list[Sample | Failure] = []
+        for ask in asks:
+            found = recorded[ask.prompt_id]
+            for sample in ask.samples:
+                if sample in found and (ask.prompt_id, sample) not in finished:
+                    t = found[sample]
+                    batch.append(Sample(ask.prompt_id, sample, t.text, t.finish_reason, t.model, t.sampling))
+                if len(batch) >= FLUSH_ROWS:
+                    yield batch
+                    batch = []
+        if batch:
+            yield batch
+
+    def _read(self, asks: Sequence[Ask]) -> Recorded:
+        recorded: Recorded = {ask.prompt_id: {} for ask in asks}
+        match = _Match(asks)
+        records = matched = 0
+        example = ""
+        teachers: set[str | None] = set()
+        others: set[str | None] = set()
+        for path, skip in self._files.items():
+            for row in read_rows(path, skip):
+                records += 1
+                traces = _traces(row, self._select)
+                ids, asked = match(row)
+                example = example or asked
+                if not ids:
+                    continue
+                matched += 1
+                for trace in traces:
+                    if self._select is not None and trace.teacher not in (None, self._select):
+                        others.add(trace.teacher)
+                        continue
+                    teachers.add(trace.teacher)
+                    for key in ids:
+                        self._add(recorded[key], trace)
+        if len(teachers) > 1:
+            raise UserError(
+                f"{self._who}: {self._path}: expected traces of one teacher, found those of {_names(teachers)}. "
+                "Set `select` to one of the names; each is a teacher of its own in the recipe"
+            )
+        covered = sum(bool(traces) for traces in recorded.values())
+        if not matched:
+            raise UserError(
+                f"{self._who}: {self._path}: none of its {records} records matches one of the {len(asks)} prompts.\n"
+                f"  a record: {short(example, 200)!r}\n  a prompt: {short(asks[0].messages[-1]['content'], 200)!r}\n"
+                "Expected the same text in both (a suffix, or another spelling, makes another prompt). Ingest the "
+                "problems from this file, or correct `path`"
+            )
+        if not covered:
+            chosen = f" for select = '{self._select}'" if self._select is not None else ""
+            chosen += f" (it has those of {_names(others)})" if others else ""
+            raise UserError(
+                f"{self._who}: {self._path}: {matched} of {records} records match a prompt, and none has a trace"
+                f"{chosen}. Expected at least one text; correct `path` or `select`"
+            )
+        rest = f"; {records - matched} records match no prompt" if matched < records else ""
+        self.note = (
+            f"{self._path.name}: {matched} of {records} records matched, {covered} of {len(asks)} prompts have a trace{rest}"
+        )
+        return recorded
+
+    def _skipped(self, path: Path) -> frozenset[str]:
+        """Columns that need not be read; UserError if the file is not one of traces."""
+        if path.suffix not in PARQUET:
+            return frozenset()
+        names = parquet_schema(path).names
+        form = _form(names)
+        if form is None:
+            raise _not_recognised(path, names)
+        used = {*PROMPT_COLUMNS, "prompt_id", form, *BESIDE}
+        if form != "messages" and any(c in names for c in PROMPT_COLUMNS if c != "messages"):
+            used.discard("messages")
+        return frozenset(names) - used
+
+    def _add(self, into: dict[int, Trace], trace: Trace) -> None:
+        sample = trace.sample
+        if sample is None:
+            sample = max(into, default=-1) + 1
+        elif sample in into:
+            raise UserError(
+                f"{self._who}: {trace.where}: sample {sample} of its prompt stands in {into[sample].where} already. "
+                "Expected each sample once: number them from 0, or leave `sample` out"
+            )
+        into[sample] = trace
+
+
+class _Match:
+    """Finds the prompts that a record belongs to."""
+
+    def __init__(self, asks: Sequence[Ask]) -> None:
+        self._ids = {ask.prompt_id for ask in asks}
+        self._talks: dict[str, list[str]] = {}
+        last: dict[str, dict[str, list[str]]] = {}
+        for ask in asks:
+            talk = _talk(ask.messages)
+            self._talks.setdefault(talk, []).append(ask.prompt_id)
+            last.setdefault(ask.messages[-1]["content"].strip(), {}).setdefault(talk, []).append(ask.prompt_id)
+        # a last message that ends two different conversations tells neither of them
+        self._last = {text: next(iter(talks.values())) for text, talks in last.items() if len(talks) == 1}
+
+    def __call__(self, row: Row) -> tuple[list[str], str]:
+        """(ids of the prompts, the record's problem)."""
+        if isinstance(key := row.values.get("prompt_id"), str):
+            return ([key] if key in self._ids else []), key
+        column = next((c for c in PROMPT_COLUMNS if row.values.get(c) is not None), None)
+        if column is None:
+            raise UserError(
+                f"{row.where}: no prompt. Expected one of {', '.join(PROMPT_COLUMNS)} or prompt_id, found "
+                f"{', '.join(row.values) or 'no column'}. {FIX}"
+            )
+        messages = prompt_messages(row, column)
+        text = messages[-1]["content"]
+        if (key := prompt_id(messages)) in self._ids:
+            return [key], text
+        if ids := self._talks.get(_talk(messages)):
+            return ids, text
+        alone = all(m["role"] == "system" for m in messages[:-1])
+        return (self._last.get(text.strip(), []) if alone else []), text
+
+
+def _talk(messages: list[dict[str, str]]) -> str:
+    return digest([[m["role"], m["content"].strip()] for m in messages if m["role"] != "system"])
+
+
+def _names(teachers: set[str | None]) -> str:
+    return ", ".join(sorted(f"'{t}'" if t is not None else "(no name)" for t in teachers))
+
+
+# ---------------------------------------------------------------- records
+def _form(columns: Sequence[str]) -> str | None:
+    return next((c for c in ("target", "generations", *TEXT_COLUMNS, "messages") if c in columns), None)
+
+
+def _not_recognised(where: Path | str, columns: Sequence[str]) -> UserError:
+    return UserError(
+        f"{where}: no recorded trace recognised. Found: {', '.join(columns) or 'no column'}. Expected one of:\n{FORMS}\n"
+        "Rename the columns, or write the file again in one of these forms"
+    )
+
+
+def _traces(row: Row, select: str | None) -> list[Trace]:
+    """A record's traces; empty texts are absent."""
+    form = _form(list(row.values))
+    if form is None:
+        raise _not_recognised(row.where, list(row.values))
+    value = row.values[form]
+    if value is None:
+        return []
+    if form == "target":
+        made = _target(row, value, select)
+    elif form == "generations":
+        made = _generations(row, value, select)
+    elif form == "messages":
+        made = _last_answer(row, value, select)
+    else:
+        made = _one_text(row, form, value, select)
+    return [replace(t, **_made_by(row)) for t in made if t.text.strip()]
+
+
+def _made_by(row: Row) -> dict[str, str]:
+    model, sampling = row.values.get("model"), row.values.get("sampling")
+    return {
+        "model": model if isinstance(model, str) else row.path.name,
+        "sampling": sampling if isinstance(sampling, str) else "{}",
+    }
+
+
+def _target(row: Row, value: Any, select: str | None) -> list[Trace]:
+    where = f"{row.where}: `target`"
+    if isinstance(value, str):
+        if select is not None:
+            raise _one_per_teacher(where, value, select)
+        return [Trace(_clean(value), row.where)]
+    if not isinstance(value, list) or not all(isinstance(m, dict) and "content" in m for m in value):
+        raise UserError(f"{where}: expected a list of {{role, content}}, found {kind_of(value)}. {FIX}")
+    answers = [m for m in value if m.get("role", "assistant") == "assistant" and m["content"] is not None]
+    named = [m for m in answers if m.get("teacher") is not None]
+    if named and len(named) < len(answers):
+        raise UserError(f"{where}: expected a `teacher` in all messages or in none, found it in some. {FIX}")
+    if named:
+        return [Trace(_text(f"{where}, content", m["content"]), row.where, teacher=str(m["teacher"])) for m in named]
+    return [t for m in answers for t in _unnamed(row.where, f"{where}, content", m["content"], select)]
+
+
+def _unnamed(row: str, where: str, content: Any, select: str | None) -> list[Trace]:
+    """The trace in one message of a target that names no teacher: a text, or a list with one for each teacher."""
+    if isinstance(content, str):
+        if select is not None:
+            raise _one_per_teacher(where, content, select)
+        return [Trace(_clean(content), row)]
+    if not isinstance(content, list):
+        raise UserError(f"{where}: expected text, or a list of one text per teacher, found {kind_of(content)}. {FIX}")
+    if select is None:
+        if len(content) == 1:
+            return [Trace(_text(where, content[0]), row)]
+        raise UserError(
+            f"{where}: found a list of {len(content)} texts, one per teacher, and expected to be told which. Set "
+            f"`select` to an index from '0' to '{len(content) - 1}'; each is a teacher of its own in the recipe"
+        )
+    if not select.isdecimal() or int(select) >= len(content):
+        raise UserError(
+            f"{where}: expected `select` to be an index from '0' to '{len(content) - 1}' (the list has {len(content)} "
+            f"texts, one per teacher), found '{select}'. Correct `select`"
+        )
+    chosen = content[int(select)]
+    return [] if chosen is None else [Trace(_text(where, chosen), row)]
+
+
+def _one_per_teacher(where: str, text: str, select: str) -> UserError:
+    return UserError(
+        f"{where}: select = '{select}' expects a list of texts, one per teacher (or messages with `teacher`), found a "
+        f"single text ({short(text, 40)!r}). This file has one teacher: leave `select` out"
+    )
+
+
+def _generations(row: Row, value: Any, select: str | None) -> list[Trace]:
+    where = f"{row.where}: `generations`"
+    if not isinstance(value, list):
+        raise UserError(f"{where}: expected a list of texts, found {kind_of(value)}. {FIX}")
+    if select is not None:
+        raise UserError(
+            f"{where}: select = '{select}' expects several teachers; generations are samples of one. Leave `select` out"
+        )
+    reasons, complete = row.values.get("finish_reasons"), row.values.get("is_reasoning_complete")
+    out = []
+    for i, text in enumerate(value):
+        if text is None:
+            continue
+        reason = _at(reasons, i)
+        if reason is None and _at(complete, i) is False:
+            reason = "length"
+        out.append(Trace(_text(where, text), row.where, _finish(reason)))
+    return out
+
+
+def _at(values: Any, i: int) -> Any:
+    return values[i] if isinstance(values, list) and i < len(values) else None
+
+
+def _finish(reason: Any) -> str:
+    return "length" if reason == "length" else "stop"
+
+
+def _last_answer(row: Row, value: Any, select: str | None) -> list[Trace]:
+    last = value[-1] if isinstance(value, list) and value else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        found = f"role '{last.get('role')}'" if isinstance(last, dict) else kind_of(value)
+        raise UserError(
+            f"{row.where}: `messages`: expected the last message to be the assistant's, the trace; found {found}. {FIX}"
+        )
+    return [Trace(_text(f"{row.where}: `messages`", last.get("content")), row.where, **_beside(row, select))]
+
+
+def _one_text(row: Row, column: str, value: Any, select: str | None) -> list[Trace]:
+    where = f"{row.where}: `{column}`"
+    if isinstance(value, list) and value and isinstance(value[-1], dict):  # TRL's conversational completion
+        value = value[-1].get("content")
+    return [Trace(_text(where, value), row.where, **_beside(row, select))]
+
+
+def _beside(row: Row, select: str | None) -> dict[str, Any]:
+    sample, teacher = row.values.get("sample"), row.values.get("teacher")
+    if select is not None and teacher is None:
+        raise UserError(
+            f"{row.where}: select = '{select}' expects a `teacher` beside the text, found none. Leave `select` out, or "
+            "name the teacher in each row"
+        )
+    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 0):
+        raise UserError(
+            f"{row.where}: `sample`: expected a number from 0, found {kind_of(sample)} ({short(sample, 20)}). {FIX}"
+        )
+    return {
+        "sample": sample,
+        "teacher": None if teacher is None else str(teacher),
+        "finish_reason": _finish(row.values.get("finish_reason")),
+    }
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: expected text, found {kind_of(value)} ({short(value, 40)}). {FIX}")
+    return _clean(value)
+
+
+def _clean(text: str) -> str:
+    """A text that can be stored, with a doubled `<think>` at its start made one (ALGORITHMS 7.3, row 15)."""
+    text = whole_unicode(text)
+    while text.startswith(THINK) and (rest := text[len(THINK) :].lstrip()).startswith(THINK):
+        text = rest
+    return text

@@ -1,0 +1,370 @@
+"""Verdicts from a pool of processes: a stuck or crashing verdict costs that verdict, and nothing else.
+
+Items travel in chunks. A chunk in which something hangs or crashes is run again item by item; an
+item that fails on its own is tried once more, then recorded as `timeout` or `error` with the
+reason. Time is wall-clock, so a verdict near the limit depends on the machine's load: that is what
+the second try is for.
+
+What is left out: a user's function that starts processes of its own has to end them itself.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from pipeline.scorers import dispatch, user
+from pipeline.scorers.base import Item, Verdict, error, unparseable
+from pipeline.scorers.clean_fork import CleanForkContext, end_with_the_parent
+from schemas.errors import UserError, WorkError
+from schemas.scorers import GymScorer, MathScorer, ScorerConfig, UserScorer
+
+CHUNK = 64
+CHUNK_CHARS = 1_000_000
+TEXT_CHARS = 1_000_000  # a longer text is not sent to any worker
+TASKS_PER_WORKER = 500  # chunks; then a fresh worker, so that what sympy caches does not add up
+START_S = 120.0  # a worker's imports, a user's module among them
+BREAKDOWNS = 5  # in a row, without one verdict in between
+
+_OUT_OF_MEMORY = 71  # exit codes of our own
+_LEFT_QUIETLY = 70
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Positions in the work list that travel together. `tries` counts an item's failures on its own."""
+
+    positions: tuple[int, ...]
+    tries: int = 0
+    alone: bool = False
+
+
+class VerdictPool:
+    """`with VerdictPool(verifiers, workers=2, timeout_s=10, memory_mb=2048) as pool: pool.score(items)`.
+
+    `memory_mb` is what a verdict may allocate beyond what a fresh worker holds. A relative path of
+    a user's function starts at `root` (the recipe's folder), by default at the working directory.
+    Entering starts the workers and loads the users' functions: a missing file or function, or a
+    signature that is neither TRL's nor verl's, is a UserError there, before any work.
+    """
+
+    def __init__(
+        self,
+        verifiers: Mapping[str, ScorerConfig],
+        *,
+        workers: int,
+        timeout_s: float,
+        memory_mb: int | None,
+        root: Path | None = None,
+    ) -> None:
+        if workers < 1:
+            raise UserError(f"workers: wants at least 1, found {workers}")
+        if not timeout_s > 0:
+            raise UserError(f"timeout_s: wants more than 0, found {timeout_s}")
+        self.verifiers = {name: _absolute(each, root) for name, each in verifiers.items()}
+        self.workers = workers
+        self.timeout_s = timeout_s
+        self.memory_mb = memory_mb
+        self._context: CleanForkContext | None = None
+        self._pool: ProcessPool | None = None
+
+    def __enter__(self) -> "VerdictPool":
+        for config in self.verifiers.values():
+            if isinstance(config, UserScorer):
+                user.source_hash(config)  # a missing file needs no worker to be found
+        try:
+            self._start()
+            self._check_workers()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop()
+
+    def score(self, items: Sequence[Item]) -> list[Verdict]:
+        """A verdict for each item, in the items' order."""
+        if self._pool is None:
+            raise RuntimeError("VerdictPool is a context manager: use it in a with statement")
+        for item in items:
+            if item.verifier not in self.verifiers:
+                known = ", ".join(sorted(self.verifiers)) or "none"
+                raise UserError(
+                    f"{item.id}: its verifier {item.verifier!r} is not in the recipe; [score.verifiers] has: {known}"
+                )
+        return _Round(self, items).run()
+
+    def _start(self) -> None:
+        self._context = CleanForkContext(_modules(self.verifiers))
+        self._pool = ProcessPool(
+            max_workers=self.workers,
+            max_tasks=TASKS_PER_WORKER,
+            initializer=_begin_worker,
+            initargs=(self.verifiers, self.memory_mb),
+            context=self._context,
+        )
+
+    def _stop(self) -> None:
+        pool, self._pool = self._pool, None
+        context, self._context = self._context, None
+        if pool is not None:
+            pool.stop()
+            pool.join()
+        if context is not None:
+            context.stop()
+
+    def _check_workers(self) -> None:
+        assert self._pool is not None
+        users = [each.function for each in self.verifiers.values() if isinstance(each, UserScorer)]
+        try:
+            problems = self._pool.schedule(_load_problems).result(timeout=START_S)
+        except (TimeoutError, ProcessExpired, BrokenProcessPool, RuntimeError) as reason:
+            what = f"took longer than {START_S:g} s" if isinstance(reason, TimeoutError) else "ended the process"
+            if users:
+                raise UserError(f"importing the file of a user function {what}: {', '.join(users)}") from reason
+            raise WorkError(
+                f"starting a scoring worker {what}; if memory is short, raise memory_mb (now {self.memory_mb})"
+            ) from reason
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def _restart(self) -> None:
+        self._stop()
+        self._start()
+
+
+class _Round:
+    """One call of `score`: what is queued, what is in flight, what is decided."""
+
+    def __init__(self, pool: VerdictPool, items: Sequence[Item]) -> None:
+        self.pool = pool
+        self.items = items
+        self.verdicts: list[Verdict | None] = [_decided_here(item) for item in items]
+        self.queue: deque[_Job] = deque(_chunked(items, self.verdicts))
+        self.in_flight: dict[Future[list[Verdict]], _Job] = {}
+        self.breakdowns = 0
+        # A worker leaves a chunk after half the limit, so what runs longer than one and a half has an item that hangs.
+        self.budget_s = pool.timeout_s / 2
+        self.chunk_timeout_s = pool.timeout_s * 1.5
+
+    def run(self) -> list[Verdict]:
+        while self.queue or self.in_flight:
+            self._fill()
+            done, _ = wait(
+                self.in_flight,
+                timeout=self.chunk_timeout_s + START_S,
+                return_when=FIRST_COMPLETED,
+            )
+            if not done:  # a worker died between taking a task and saying so: pebble would wait for ever
+                self._break_down("a scoring worker was lost")
+            for future in done:
+                if future in self.in_flight:
+                    self._take(future)
+        return [verdict for verdict in self.verdicts if verdict is not None]
+
+    def _fill(self) -> None:
+        # A few at a time: an interrupted run has little to call off.
+        while self.queue and len(self.in_flight) < 2 * self.pool.workers:
+            job = self.queue.popleft()
+            batch = [self.items[position] for position in job.positions]
+            assert self.pool._pool is not None
+            try:
+                future = self.pool._pool.schedule(
+                    _score_batch,
+                    args=(batch, self.budget_s),
+                    timeout=self.pool.timeout_s if job.alone else self.chunk_timeout_s,
+                )
+            except RuntimeError as reason:
+                self.queue.appendleft(job)
+                self._break_down(str(reason))
+                continue
+            self.in_flight[future] = job
+
+    def _take(self, future: Future[list[Verdict]]) -> None:
+        job = self.in_flight.pop(future)
+        try:
+            verdicts = future.result()
+        except TimeoutError:
+            limit = f"no verdict within {self.pool.timeout_s:g} s"
+            self._failed(job, Verdict("timeout", detail=limit, elapsed_ms=self.pool.timeout_s * 1000))
+        except ProcessExpired as ended:
+            self._failed(job, error(_obituary(ended.exitcode, self.pool.memory_mb)))
+        except (BrokenProcessPool, RuntimeError) as reason:
+            self.in_flight[future] = job
+            self._break_down(str(reason))
+        except Exception as reason:  # the item could not be sent: it holds something that has no pickle
+            self._failed(job, error(f"{type(reason).__name__}: {reason}"[:500]))
+        else:
+            self.breakdowns = 0
+            self._record(job, verdicts)
+
+    def _record(self, job: _Job, verdicts: list[Verdict]) -> None:
+        slow = []
+        for position, verdict in zip(job.positions, verdicts, strict=False):
+            if verdict.elapsed_ms > self.pool.timeout_s * 1000 and not job.alone:
+                slow.append(_Job((position,), alone=True))  # the limit is the same in a chunk as alone
+            else:
+                self.verdicts[position] = verdict
+        self.queue.extendleft(slow)
+        if rest := job.positions[len(verdicts) :]:
+            self.queue.appendleft(_Job(rest))
+
+    def _failed(self, job: _Job, verdict: Verdict) -> None:
+        if not job.alone:
+            self.queue.extendleft(_Job((position,), alone=True) for position in reversed(job.positions))
+        elif job.tries == 0:
+            self.queue.appendleft(_Job(job.positions, tries=1, alone=True))
+        else:
+            self.verdicts[job.positions[0]] = verdict
+
+    def _break_down(self, reason: str) -> None:
+        """The pool itself is unusable: begin a new one, and run what was in flight item by item."""
+        self.breakdowns += 1
+        if self.breakdowns > BREAKDOWNS:
+            raise WorkError(
+                f"the scoring workers keep dying ({reason}); if memory is short, lower the number of workers"
+                f" or raise memory_mb (now {self.pool.memory_mb})"
+            )
+        jobs = list(self.in_flight.values())
+        self.in_flight.clear()
+        self.pool._restart()
+        for job in jobs:
+            self._failed(job, error(f"the scoring pool broke down: {reason}"))
+
+
+def _absolute(config: ScorerConfig, root: Path | None) -> ScorerConfig:
+    if not isinstance(config, UserScorer):
+        return config
+    path, _, name = config.function.rpartition(":")
+    found = ((root or Path.cwd()) / Path(path).expanduser()).absolute()
+    return config.model_copy(update={"function": f"{found}:{name}"})
+
+
+def _decided_here(item: Item) -> Verdict | None:
+    if item.finish_reason == "length":
+        return Verdict("truncated", detail="generation stopped at its length limit")
+    if len(item.text) > TEXT_CHARS:
+        return unparseable(f"the text has {len(item.text)} characters, more than {TEXT_CHARS}")
+    return None
+
+
+def _chunked(items: Sequence[Item], verdicts: Sequence[Verdict | None]) -> list[_Job]:
+    jobs: list[_Job] = []
+    chunk: list[int] = []
+    chars = 0
+    for position, item in enumerate(items):
+        if verdicts[position] is not None:
+            continue
+        if chunk and (len(chunk) == CHUNK or chars + len(item.text) > CHUNK_CHARS):
+            jobs.append(_Job(tuple(chunk)))
+            chunk, chars = [], 0
+        chunk.append(position)
+        chars += len(item.text)
+    if chunk:
+        jobs.append(_Job(tuple(chunk)))
+    return jobs
+
+
+def _obituary(code: int | None, memory_mb: int | None) -> str:
+    if code == _OUT_OF_MEMORY:
+        return f"out of memory: more than memory_mb = {memory_mb} for one verdict"
+    if code is not None and code < 0:
+        try:
+            return f"the worker was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"the worker was killed by signal {-code}"
+    return f"the worker ended with exit code {0 if code == _LEFT_QUIETLY else code}"
+
+
+def _modules(verifiers: Mapping[str, ScorerConfig]) -> list[str]:
+    modules = ["pipeline.scorers.pool"]
+    if any(isinstance(config, MathScorer) for config in verifiers.values()):
+        modules.append("pipeline.scorers.warm_math")
+    if any(isinstance(config, GymScorer) for config in verifiers.values()):
+        modules.append("reasoning_gym")
+    return modules
+
+
+# What follows runs in a worker.
+
+_verifiers: dict[str, ScorerConfig] = {}
+
+
+def _begin_worker(verifiers: dict[str, ScorerConfig], memory_mb: int | None) -> None:
+    end_with_the_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handler would wait for a C call that never ends
+    os.dup2(2, 1)  # what a user's function prints must not end up in the command's own output
+    warnings.simplefilter("ignore")
+    _verifiers.update(verifiers)
+    for module in _modules(verifiers):
+        __import__(module)
+    for config in verifiers.values():
+        if isinstance(config, UserScorer):
+            with contextlib.suppress(UserError):  # _load_problems says it
+                user.load(config)
+    if memory_mb is not None:
+        limit = _mapped_bytes() + memory_mb * 2**20
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _mapped_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 2**30  # no /proc: a generous guess at a fresh worker
+
+
+def _load_problems() -> list[str]:
+    problems = []
+    for config in _verifiers.values():
+        if isinstance(config, UserScorer):
+            try:
+                user.load(config)
+            except UserError as reason:
+                problems.append(str(reason))
+    return problems
+
+
+def _score_batch(items: list[Item], budget_s: float) -> list[Verdict]:
+    """Verdicts for the first of these items, as many as the budget allows, at least one."""
+    leave = os._exit
+
+    def leave_visibly(code: int) -> Any:
+        leave(code or _LEFT_QUIETLY)  # a worker that ends with 0 amid a task would count as recycled
+
+    os._exit = leave_visibly
+    until = time.perf_counter() + budget_s
+    verdicts: list[Verdict] = []
+    try:
+        for item in items:
+            verdicts.append(dispatch.score_item(_verifiers[item.verifier], item))
+            if time.perf_counter() > until:
+                break
+    except MemoryError:
+        leave(_OUT_OF_MEMORY)
+    finally:
+        os._exit = leave
+    return verdicts

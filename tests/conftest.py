@@ -1,0 +1,19 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import synthetic_run
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> "Iterator[duckdb.DuckDBPyConnection]":
+    """A DuckDB connection with one view per table of a made-up run (tests/synthetic_run.py)."""
+    con = synthetic_run.connect(synthetic_run.build_tables())
+    yield con
+    con.close()

@@ -1,0 +1,167 @@
+"""Bad input and broken things: exit code 2 or 1, a message with the place and the way out, and nothing lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tiny_runs import ROOT, dypo, table, write_recipe
+
+
+def refused(*args: object, code: int = 2) -> str:
+    got = dypo(*args, check=False)
+    assert got.returncode == code, got.stderr
+    assert "Traceback" not in got.stderr
+    return got.stderr
+
+
+def source(tmp_path: Path, lines: list[object]) -> Path:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    return write_recipe(tmp_path, **{f'path = "{ROOT}/data/tiny/train.jsonl"': f'path = "{path}"'})
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    assert "no such file" in refused("plan", tmp_path / "none.toml")
+    assert "not a run" in refused("status", tmp_path)
+    assert "not a run folder" in refused("sql", tmp_path, "select 1")
+
+
+def test_an_unknown_command_or_option_is_bad_usage() -> None:
+    refused("gradee")
+    refused("grade")
+    refused("grade", "recipes/tiny.toml", "--rond", 1)
+
+
+def test_a_missing_model_folder_is_refused_before_anything_is_generated(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, **{f'model = "{ROOT}/data/tiny_policy"': 'model = "no/such/policy"'})
+    dypo("ingest", path)
+    told = refused("generate", "rollouts", path)
+    assert "no/such/policy" in told
+
+
+def test_a_prompt_without_an_answer_is_refused_by_file_and_row(tmp_path: Path) -> None:
+    told = refused("ingest", source(tmp_path, [{"prompt": "8+46", "answer": "45"}, {"prompt": "1+2"}]))
+    assert "mine.jsonl" in told
+    assert "2" in told
+    assert "answer" in told
+
+
+def test_duplicate_prompts_are_refused_by_row(tmp_path: Path) -> None:
+    told = refused("ingest", source(tmp_path, [{"prompt": "8+46", "answer": "45"}] * 2))
+    assert "mine.jsonl" in told
+    assert "8+46" in told
+
+
+def test_a_prompt_on_both_sides_of_the_split_is_refused(tmp_path: Path) -> None:
+    first = (ROOT / "data/tiny/eval_id.jsonl").read_text().splitlines()[0]
+    told = refused("ingest", source(tmp_path, [first]))
+    assert "sums" in told
+    assert "fresh" in told
+
+
+def test_a_gold_answer_that_does_not_parse_is_refused(tmp_path: Path) -> None:
+    path = source(tmp_path, [{"prompt": "8+46", "answer": "\\frac{"}])
+    told = refused("ingest", path, "--set", "score.verifiers.sum={type='math'}")
+    assert "8+46" in told
+
+
+def test_an_empty_source_is_refused(tmp_path: Path) -> None:
+    assert "mine.jsonl" in refused("ingest", source(tmp_path, []))
+
+
+def test_a_parquet_source_of_another_schema_is_refused_with_the_columns_that_it_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"colour": ["red"]}), tmp_path / "mine.parquet")
+    path = write_recipe(tmp_path, **{f'path = "{ROOT}/data/tiny/train.jsonl"': f'path = "{tmp_path}/mine.parquet"'})
+    told = refused("ingest", path)
+    assert "mine.parquet" in told
+    assert "colour" in told
+
+
+def test_stages_out_of_order_name_the_command_that_is_missing(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    assert "dypo ingest" in refused("generate", path)
+    assert "dypo generate" in refused("score", path)
+    assert "dypo generate" in refused("grade", path)
+    assert "dypo generate" in refused("train", path)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "altered", "foreign"])
+def test_a_harmed_part_file_stops_the_next_stage_by_name(harm: str, a_copy: Path) -> None:
+    path = next((a_copy / "rollouts" / "round=0").glob("part-*.parquet"))
+    data = path.read_bytes()
+    if harm == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif harm == "altered":
+        path.write_bytes(data[:200] + bytes([data[200] ^ 255]) + data[201:])
+    else:
+        pq.write_table(pa.table({"x": [1]}), path)
+    shutil.rmtree(a_copy / "grades" / "round=0")
+    told = refused("grade", a_copy, "--round", 0)
+    assert str(path) in told
+    assert "delete" in told
+    shutil.rmtree(a_copy / "rollouts" / "round=0")
+    dypo("generate", "rollouts", a_copy, "--round", 0)
+    dypo("grade", a_copy, "--round", 0)
+
+
+def test_another_tokenizer_than_the_rollouts_is_refused(a_copy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other_policy"
+    shutil.copytree(ROOT / "data" / "tiny_policy", other)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        if (other / name).exists():
+            text = (other / name).read_text()
+            (other / name).write_text(text.replace("=", "==", 1) if name.endswith("jinja") else text)
+    told = refused("grade", a_copy, "--round", 0, "--set", f"policy.model={other}")
+    assert "another tokenizer or chat template" in told
+
+
+def test_training_does_not_resume_over_other_shards(a_copy: Path) -> None:
+    (a_copy / "checkpoints" / "round=1" / "manifest.json").unlink()
+    for name in ("draws", "metrics"):
+        (a_copy / name / "round=1" / "manifest.json").unlink()
+    dypo("grade", a_copy, "--round", 1, "--set", "grade.easy_max_failures=1")
+    told = refused("train", a_copy, "--round", 1)
+    assert "unfinished training" in told
+    assert "--regenerate" in told
+    dypo("train", a_copy, "--round", 1, "--regenerate")
+    assert (a_copy / "superseded" / "train").is_dir()
+
+
+def test_nothing_to_train_on_is_said_with_the_grades(a_copy: Path) -> None:
+    """Every prompt easy: thresholds that leave neither hard nor mid."""
+    easy = a_copy.parent / "all_easy.sql"
+    from pipeline.store import sql
+
+    easy.write_text(sql("grade").replace("when k < $k then 'incomplete_group'", "when true then 'easy'"))
+    dypo("grade", a_copy, "--round", 1, "--set", f"grade.query={easy}")
+    assert "no row to train on" in refused("train", a_copy, "--round", 1)
+
+
+def test_a_hung_verifier_costs_its_verdict_and_routes_its_group_nowhere(a_copy: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    while solution_str.startswith('9'): pass\n"
+        "    return float(solution_str.endswith('>' + ground_truth))\n"
+    )
+    verifier = f"score.verifiers.sum={{type='user', function='{mine}:compute_score'}}"
+    dypo("score", a_copy, "--round", 0, "--set", verifier, "--set", "score.timeout_s=0.5", "--set", "score.max_failed=1.0")
+    scores = table(a_copy, "scores")
+    hung = scores.filter((scores["kind"] == "rollout") & (scores["round"] == 0) & (scores["status"] == "timeout"))
+    assert not hung.is_empty()
+    dypo("grade", a_copy, "--round", 0)
+    grades = table(a_copy, "grades")
+    reasons = grades.filter(grades["prompt_id"].is_in(hung["prompt_id"].to_list()) & (grades["round"] == 0))["reason"]
+    assert set(reasons) == {"unjudged"}
+
+
+def test_a_verifier_that_fails_too_often_stops_the_stage_and_keeps_the_rows(a_copy: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    raise ValueError('no')\n")
+    told = refused("score", a_copy, "--round", 0, "--set", f"score.verifiers.sum={{type='user', function='{mine}:compute_score'}}", code=1)
+    assert "verdicts are timeout or error" in told
+    assert set(table(a_copy, "scores").filter(table(a_copy, "scores")["round"] == 0)["status"]) == {"error"}

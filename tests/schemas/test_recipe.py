@@ -1,0 +1,56 @@
+"""The recipe says what is wrong with it: the key, what was expected, what was found, the nearest known key."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import UserError
+from schemas.recipe import PRESETS, DypoMethod, parse_recipe
+from tests.tiny_runs import ROOT, write_recipe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda p: p.name)
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    assert parse_recipe(tomllib.loads(path.read_text()), str(path)).name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("prompts_per_round = 40", "prompts_per_rond = 40", "rollouts.prompts_per_rond: unknown key; did you mean 'prompts_per_round'?"),
+        ("lr = 1e-3", "lr = 1e-3, alhpa = 0.5", "train.method.alhpa: unknown key; did you mean 'alpha'?"),
+        ("k = 4", "k = 1", "rollouts.k: a group needs at least 2 rollouts"),
+        ("k = 4", "k = 4\ntop_p = 0.9", "rollouts.top_p: training rollouts need top_p = 1, found 0.9"),
+        ('type = "dypo", ', "", "train.method: needs a `type` (dypo)"),
+        ('name = "noisy"', 'name = "left"', "teachers: the name 'left' is given twice"),
+        ('verifier = "sum"\nlimit = 60', 'verifier = "sun"\nlimit = 60', "verifier 'sun' is not among score.verifiers (sum)"),
+        ('sources = ["fresh"]', 'sources = ["stale"]', "no source is named 'stale'"),
+        ("pass_k = [1, 2]", "pass_k = [1, 4]", "pass@4 needs n >= that, found n = 2"),
+        ("[train]", "[grade]\nhard_max_successes = 2\neasy_max_failures = 2\n[train]", "must be below rollouts.k = 4"),
+        ("steps = 6", "steps = 0", "train.steps: Input should be greater than or equal to 1 (found 0)"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_its_key_and_the_way_out(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = write_recipe(tmp_path, **{old: new})
+    with pytest.raises(UserError) as e:
+        parse_recipe(tomllib.loads(path.read_text()), str(path))
+    assert str(path) in str(e.value)
+    assert told in str(e.value)
+
+
+def test_presets_fill_what_is_not_given_and_nothing_else() -> None:
+    assert DypoMethod(preset="default") == DypoMethod()
+    paper = DypoMethod(preset="paper")
+    assert (paper.gal.logp_reduction, paper.gal.ref, paper.sft_reduction, paper.alpha) == ("sum", "init", "prompt", 0.5)
+    official = DypoMethod.model_validate({"preset": "official", "gal": {"beta": 0.2}})
+    assert (official.gal.beta, official.gal.ref, official.gal.logp_reduction) == (0.2, "none", "sum")
+    assert (official.schedule, official.lr, official.sft_lr, official.gal_weight, official.grpo.ratio) == (
+        "queue", 5e-7, 5e-6, 0.001, "sequence",
+    )  # fmt: skip
+    assert set(PRESETS) == {"default", "paper", "official"}
+
+
+def test_a_second_learning_rate_belongs_to_the_queue_alone() -> None:
+    with pytest.raises(ValueError, match="sft_lr belongs to schedule = 'queue'"):
+        DypoMethod(sft_lr=1e-5)

@@ -1,0 +1,142 @@
+"""vLLM's CPU build as an engine, against an independent forward. Runs in the second environment (`make venv-vllm`).
+
+The engine takes up to minutes to start, so one work list is sampled twice and everything is read from those rows.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from pipeline.engines.base import Ask, Failure, Sample, Sampling
+from pipeline.engines.hf import HFSampler
+from pipeline.engines.vllm import VLLMSampler
+from pipeline.policy import Renderer
+from schemas.errors import WorkError
+from schemas.recipe import HFEngine, Policy, VLLMEngine
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
+
+CHARS = "_^.0123456789+-=>:!"
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}={% endfor %}"
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_tokens=24)
+
+
+class Run(NamedTuple):
+    first: list[Sample]
+    again: list[Sample]
+    asks: list[Ask]
+    hf: list[Sample]
+    probed: float
+    refusal: str
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch = pytest.importorskip("torch")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(CHARS), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=256, max_position_embeddings=128, initializer_range=0.2, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(CHARS)}, unk_token="_"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="_", bos_token="^", eos_token=".")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    pytest.importorskip("vllm", reason="needs the second environment: make venv-vllm")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+
+    def reference(prompt: list[int], tokens: list[int], temperature: float) -> list[float]:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        logps = (logits / temperature).log_softmax(-1)
+        return [logps[t, token].item() for t, token in enumerate(tokens)]
+
+    def at_another_temperature(prompt: list[int], tokens: list[int], temperature: float) -> list[float]:
+        return reference(prompt, tokens, temperature * 1.5)
+
+    renderer = Renderer(folder)
+    policy = Policy(model=folder, device="cpu")
+    config = VLLMEngine(type="vllm", enforce_eager=True, max_logprob_difference=1e-3)
+    texts = ["8+46", "1+2+3", "9", "77+15+20"]
+    asks = [
+        Ask(f"p{n}", [], tuple(range(6)), 100 + n, "", {}, renderer.prompt_tokens([{"role": "user", "content": text}]))
+        for n, text in enumerate(texts)
+    ]
+    engine = VLLMSampler(folder, policy, config, SAMPLING, renderer, reference)
+    first = _rows(engine.run(asks, frozenset()))
+    done = frozenset((row.prompt_id, row.sample) for row in first if row.sample % 2)
+    again = _rows(engine.run(asks, done))
+    wrong = VLLMSampler(folder, policy, config, SAMPLING, renderer, at_another_temperature)
+    with pytest.raises(WorkError) as refusal:
+        list(wrong.run(asks, frozenset()))
+    hf = _rows(HFSampler(folder, policy, HFEngine(), SAMPLING, renderer).run(asks, frozenset()))
+    assert engine.probed is not None
+    return Run(first, again, asks, hf, engine.probed, str(refusal.value))
+
+
+def _rows(lists: Any) -> list[Sample]:
+    rows = [row for part in lists for row in part]
+    assert not [row for row in rows if isinstance(row, Failure)]
+    return sorted(rows, key=lambda row: (row.prompt_id, row.sample))
+
+
+def test_rows_have_the_shape_of_hf_rows(run: Run) -> None:
+    assert [(r.prompt_id, r.sample) for r in run.first] == [(r.prompt_id, r.sample) for r in run.hf]
+    for row in run.first:
+        assert row.tokens is not None
+        assert row.logprobs is not None
+        assert len(row.tokens) == len(row.logprobs) <= SAMPLING.max_tokens
+        assert (row.tokens[-1] == 2) == (row.finish_reason == "stop")
+        assert 2 not in row.tokens[:-1]
+        assert row.finish_reason == "stop" or len(row.tokens) == SAMPLING.max_tokens
+        assert "." not in row.text
+    assert {r.finish_reason for r in run.first} <= {"stop", "length"}
+
+
+def test_samples_of_a_group_differ(run: Run) -> None:
+    for ask in run.asks:
+        assert len({tuple(r.tokens or ()) for r in run.first if r.prompt_id == ask.prompt_id}) > 1
+
+
+def test_log_probs_are_at_the_sampling_temperature_over_the_whole_vocabulary(run: Run, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    prompts = {ask.prompt_id: ask.prompt_tokens or [] for ask in run.asks}
+    worst = 0.0
+    for row in run.first:
+        prompt, tokens = prompts[row.prompt_id], row.tokens or []
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits / 0.7, -1)[range(len(tokens)), tokens]
+        worst = max(worst, (expected - torch.tensor(row.logprobs)).abs().max().item())
+    print(f"largest log-prob difference: {worst:.2e}; the probe saw {run.probed:.2e}")
+    assert worst < 1e-3
+
+
+def test_the_same_seed_gives_the_same_ids_and_only_what_is_missing_is_sampled(run: Run) -> None:
+    missing = [r for r in run.first if r.sample % 2 == 0]
+    assert [(r.prompt_id, r.sample, r.tokens) for r in run.again] == [(r.prompt_id, r.sample, r.tokens) for r in missing]
+
+
+def test_a_wrong_reference_is_refused_before_sampling(run: Run) -> None:
+    assert "refused to sample" in run.refusal
+    assert "temperature 0.7" in run.refusal

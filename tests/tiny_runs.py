@@ -1,0 +1,127 @@
+"""A small complete run on the embedded policy, for tests: a recipe on disk, and the real command in a real process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+
+ROOT = Path(__file__).parent.parent
+
+RECIPE = """
+name = "small"
+run = "{run}"
+seed = 3
+rounds = 2
+
+[policy]
+model = "{root}/data/tiny_policy"
+threads = 1
+
+[[sources]]
+type = "file"
+name = "sums"
+path = "{root}/data/tiny/train.jsonl"
+verifier = "sum"
+limit = 60
+
+[[sources]]
+type = "file"
+name = "fresh"
+path = "{root}/data/tiny/eval_id.jsonl"
+verifier = "sum"
+split = "eval"
+limit = 12
+
+[[teachers]]
+name = "left"
+engine = {{ type = "program", program = "tiny.left" }}
+
+[[teachers]]
+name = "noisy"
+samples = 2
+engine = {{ type = "program", program = "tiny.noisy" }}
+
+[rollouts]
+k = 4
+prompts_per_round = 40
+max_tokens = 64
+engine = {{ type = "hf", batch_sequences = 40 }}
+
+[score]
+workers = 1
+verifiers.sum = {{ type = "exact", extract = "^[^>]*>([0-9]+)$" }}
+
+[train]
+steps = 6
+prompts_per_step = 6
+checkpoint_every = 2
+method = {{ type = "dypo", lr = 1e-3 }}
+
+[eval]
+max_tokens = 64
+suites = [{{ name = "id", sources = ["fresh"], n = 2, pass_k = [1, 2] }}]
+"""
+
+NOT_OF_THE_RUN = {  # what a clock decides
+    "scores": ["elapsed_ms"],
+    "metrics": ["when"],
+}
+CLOCKED_METRICS = ["tokens_per_s"]
+
+
+def write_recipe(folder: Path, text: str = RECIPE, **changes: str) -> Path:
+    """The recipe in `folder`, its run folder beside it. `changes`: text -> other text."""
+    path = folder / "small.toml"
+    body = text.format(run=folder / "run", root=ROOT)
+    for old, new in changes.items():
+        assert old in body, old
+        body = body.replace(old, new)
+    path.write_text(body)
+    return path
+
+
+def dypo(*args: object, check: bool = True, timeout: float = 280, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs the real command in a process of its own, with no terminal and no way to a hub."""
+    got = subprocess.run(
+        [sys.executable, "-m", "pipeline", *map(str, args)],
+        capture_output=True, text=True, timeout=timeout, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
+    )  # fmt: skip
+    assert not check or got.returncode == 0, got.stderr
+    return got
+
+
+def kill_when(args: list[object], ready, timeout: float = 200) -> bool:
+    """Starts the command, sends SIGKILL as soon as `ready()` says so. False if it ended before that."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        end = time.monotonic() + timeout
+        while process.poll() is None and time.monotonic() < end:
+            if ready():
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return True
+            time.sleep(0.002)
+        return False
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def table(run: Path, name: str) -> pl.DataFrame:
+    """A whole table as rows sorted by key, without what a clock decides."""
+    from pipeline.store import connect
+    from schemas.tables import TABLES
+
+    frame = pl.from_arrow(connect(run).execute(f"select * from {name}").to_arrow_table())
+    assert isinstance(frame, pl.DataFrame)
+    frame = frame.drop(NOT_OF_THE_RUN.get(name, []))
+    if name == "metrics":
+        frame = frame.filter(~pl.col("name").is_in(CLOCKED_METRICS))
+    return frame.sort(*TABLES[name].key)

@@ -1,0 +1,17 @@
+"""What the command calls, in one place. Importing this loads torch and transformers, so do it inside the function."""
+
+from trainer.forward import load_model, reference_logprobs, sequence_logprobs
+from trainer.job import RoundEnd, Sink, TrainJob
+from trainer.objective import needs_reference
+from trainer.run import train_round
+
+__all__ = [
+    "RoundEnd",
+    "Sink",
+    "TrainJob",
+    "load_model",
+    "needs_reference",
+    "reference_logprobs",
+    "sequence_logprobs",
+    "train_round",
+]

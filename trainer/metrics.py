@@ -1,0 +1,121 @@
+"""The numbers of one step, from what its updates saw. docs/metrics.md defines each; a test compares the names.
+
+One idea: a number that is a mean over nothing is left out, never written as 0; the denominators say why.
+Left out: which steps there are, and writing (journal.py).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from schemas.recipe import DypoMethod
+from trainer.schedule import Step
+from trainer.step import Observed
+
+SATURATED = 5.0  # |d| beyond which a pair's sigmoid is flat
+
+
+def step_metrics(
+    step: Step,
+    seen: Mapping[str, Observed],
+    method: DypoMethod,
+    *,
+    graded: Mapping[str, int],
+    seconds: float,
+) -> dict[str, float]:
+    """All metrics of a step. seen: by optimizer, of the updates that were made."""
+    every = list(seen.values())
+    out: dict[str, float | np.floating] = {}
+    out |= _denominators(every) | _routes(every, graded) | _losses(every)
+    for name, observed in seen.items():
+        suffix = "" if name == "main" else f"_{name}"
+        out[f"grad_norm{suffix}"] = observed.grad_norm
+        out[f"lr{suffix}"] = observed.rate
+    for observed in every:
+        if observed.rl_rows:
+            out |= _policy(observed, method) | _alignment(observed)
+    if method.schedule == "queue":
+        out["queue/hard_waiting"] = step.cursor.hard_waiting
+        out["queue/mid_waiting"] = step.cursor.mid_waiting
+        out["queue/mid_dropped"] = len(step.dropped)
+    tokens = sum(o.prompt_tokens + o.counts.sft_tokens + o.counts.rl_tokens for o in every)
+    out["tokens_per_s"] = tokens / max(seconds, 1e-9)
+    return {name: float(value) for name, value in out.items()}
+
+
+def effective_sample_size(log_weights: np.ndarray) -> float:
+    """(sum w)^2 / (n sum w^2), between 1 / n and 1, computed from log w without overflow."""
+    weights = np.exp(log_weights - log_weights.max())
+    return float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum()))
+
+
+def _denominators(every: Sequence[Observed]) -> dict[str, float]:
+    def total(name: str) -> float:
+        return sum(getattr(o.counts, name) for o in every)
+
+    names = {"prompts": "prompts", "rows": "rows", "groups": "mid", "pairs": "pairs"}
+    names |= {"sft_tokens": "sft_tokens", "rl_tokens": "rl_tokens"}
+    return {f"denom/{name}": total(field) for name, field in names.items()}
+
+
+def _routes(every: Sequence[Observed], graded: Mapping[str, int]) -> dict[str, float]:
+    prompts = sum(graded.values())
+    out = {f"route/{g}_frac": graded.get(g, 0) / prompts for g in ("easy", "mid", "hard")} if prompts else {}
+    hard, mid = sum(o.counts.hard for o in every), sum(o.counts.mid for o in every)
+    if hard + mid:
+        sft_tokens, rl_tokens = sum(o.counts.sft_tokens for o in every), sum(o.counts.rl_tokens for o in every)
+        out["offline_ratio"] = hard / (hard + mid)
+        out["offline_token_ratio"] = sft_tokens / (sft_tokens + rl_tokens)
+    return out
+
+
+def _losses(every: Sequence[Observed]) -> dict[str, float]:
+    out = {}
+    if every:
+        out["loss/total"] = sum(o.total for o in every)
+    if any(o.counts.hard for o in every):
+        out["loss/sft"] = sum(o.sft for o in every)
+    if any(o.counts.mid for o in every):
+        out["loss/grpo"] = sum(o.grpo for o in every)
+    if any(o.margins for o in every):
+        out["loss/gal"] = sum(o.gal for o in every)
+    return out
+
+
+def _policy(seen: Observed, method: DypoMethod) -> dict[str, float | np.floating]:
+    """What the rl rows say about the policy now and where they came from."""
+    rows, log_ratio_N = seen.rl_rows, np.concatenate(seen.log_ratios)
+    lengths = np.array([len(r.tokens) for r in rows])
+    advantages = np.array([r.advantage for r in rows])
+    if method.grpo.ratio == "sequence":
+        log_ratio, advantage = np.array([x.mean() for x in seen.log_ratios]), advantages
+    else:
+        log_ratio, advantage = log_ratio_N, np.repeat(advantages, lengths)
+    ratio = np.exp(np.clip(log_ratio, -20, 20))
+    above, below = ratio > 1 + method.grpo.clip_high, ratio < 1 - method.grpo.clip_low
+    safe_N = np.clip(log_ratio_N, -20, 20)
+    return {
+        "entropy": np.concatenate(seen.entropies).mean(),
+        "clip_fraction": np.mean((above & (advantage > 0)) | (below & (advantage < 0))),
+        "ess": effective_sample_size(log_ratio_N),
+        "ess_sequence": effective_sample_size(np.array([x.sum() for x in seen.log_ratios])),
+        "kl": np.mean(np.exp(safe_N) - 1 - safe_N),
+        "reward": np.mean([r.reward for r in rows]),
+        "age": np.mean([r.age for r in rows]),
+        "completions/mean_length": lengths.mean(),
+        "completions/clipped_ratio": np.mean([r.finish_reason == "length" for r in rows]),
+    }
+
+
+def _alignment(seen: Observed) -> dict[str, float | np.floating]:
+    """How far GAL's pairs are apart, and whether it says anything that GRPO does not."""
+    out: dict[str, float | np.floating] = {}
+    if seen.margins:
+        margins, gaps = np.array(seen.margins), np.array(seen.length_gaps, dtype=np.float64)
+        out["gal/abs_d"] = np.abs(margins).mean()
+        out["gal/saturated"] = np.mean(np.abs(margins) > SATURATED)
+        if margins.std() > 0 and gaps.std() > 0:
+            out["gal/corr_d_length"] = np.corrcoef(margins, gaps)[0, 1]
+    if seen.grpo_square > 0 and seen.gal_square > 0:
+        out["gal/cos_grpo"] = seen.grpo_dot_gal / np.sqrt(seen.grpo_square * seen.gal_square)
+    return out

@@ -1,0 +1,62 @@
+"""AdamW, its learning rate over the run, and the norm of the gradient.
+
+One idea: the rate is a pure function of the step's number in the run, so no scheduler object has state to save.
+Matrices are decayed; vectors (norms, biases) are not. Left out: other optimizers, fused kernels.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from schemas.recipe import DypoMethod, Optimizer
+
+Optimizers = dict[str, torch.optim.AdamW]
+
+
+def build_optimizers(model: nn.Module, method: DypoMethod, settings: Optimizer) -> Optimizers:
+    """`main`, and `sft` on the same parameters when the schedule is queue."""
+    names = ["main", "sft"] if method.schedule == "queue" else ["main"]
+    return {name: _adamw(model, settings) for name in names}
+
+
+def _adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas)
+
+
+def base_rate(method: DypoMethod, optimizer: str) -> float:
+    """The recipe's learning rate for `main` or `sft`."""
+    return method.sft_lr if optimizer == "sft" and method.sft_lr is not None else method.lr
+
+
+def learning_rate(settings: Optimizer, base: float, *, step: int, total: int) -> float:
+    """The rate at a step of the run, from 0: linear warm-up to `base`, then the decay; final_fraction at the last step."""
+    if step < settings.warmup_steps:
+        return base * (step + 1) / settings.warmup_steps
+    if settings.decay == "constant":
+        return base
+    last = total - 1 - settings.warmup_steps
+    done = min(1.0, (step - settings.warmup_steps) / last) if last > 0 else 1.0
+    left = 1 - done if settings.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return base * (settings.final_fraction + (1 - settings.final_fraction) * left)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def apply_update(optimizer: torch.optim.Optimizer, *, rate: float, clip_norm: float, norm: torch.Tensor) -> None:
+    """Scales the gradient to clip_norm if it is longer, takes one step at `rate`, and clears the gradient."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

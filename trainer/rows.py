@@ -1,0 +1,150 @@
+"""Shard rows as the trainer uses them: looked up by item id, checked once, the reference's log-probs joined.
+
+One idea: the Arrow table stays where it is; only the rows of the step at hand become Python objects. All checks run
+before the model is loaded and name the row, what was expected and the way out.
+Left out: which rows a step takes (schedule.py), and tensors (batch.py).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.errors import UserError
+
+Key = tuple[str, str]  # (route, item_id)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence. `old_logps` is None for sft rows; `ref_logps` is None unless the method reads a reference."""
+
+    item_id: str
+    prompt_id: str
+    route: str
+    teacher: str | None
+    age: int
+    temperature: float
+    prompt_tokens: np.ndarray
+    tokens: np.ndarray
+    old_logps: np.ndarray | None
+    ref_logps: np.ndarray | None
+    finish_reason: str
+    reward: float
+    correct: bool
+    advantage: float
+    w_sft: float
+    w_grpo: float
+    w_gal: float
+
+
+class Shards:
+    """A round's shard table, and its reference log-probs if the method reads them (`ref` None: it does not)."""
+
+    def __init__(self, shards: pa.Table, ref: pa.Table | None) -> None:
+        self.table = shards.combine_chunks()
+        self._at: dict[Key, int] = {}
+        for at, key in enumerate(zip(*_columns(shards, "route", "item_id"), strict=True)):
+            if self._at.setdefault(key, at) != at:
+                raise UserError(f"shards: item {key[1]} of route {key[0]} is there twice; grade the round again")
+        self._ref = None if ref is None else ref.combine_chunks()
+        ids = [] if ref is None else ref["item_id"].to_pylist()
+        self._ref_at = {item: at for at, item in enumerate(ids)}
+        _check(self.table)
+        if self._ref is not None:
+            self._check_ref(self._ref)
+
+    def rows(self, keys: Iterable[Key]) -> list[Row]:
+        """The rows of these keys, in this order."""
+        return [self._row(self._at[key]) for key in keys]
+
+    def _row(self, at: int) -> Row:
+        get = {name: self.table[name][at] for name in _NEEDED}
+        rl = get["route"].as_py() == "rl"
+        item = get["item_id"].as_py()
+        ref = self._ref["logprobs"][self._ref_at[item]] if rl and self._ref is not None else None
+        return Row(
+            item_id=item,
+            prompt_id=get["prompt_id"].as_py(),
+            route=get["route"].as_py(),
+            teacher=get["teacher"].as_py(),
+            age=get["round"].as_py() - get["source_round"].as_py(),
+            temperature=get["temperature"].as_py() if rl else 1.0,
+            prompt_tokens=_numbers(get["prompt_tokens"], np.int64),
+            tokens=_numbers(get["tokens"], np.int64),
+            old_logps=_numbers(get["old_logprobs"], np.float32) if rl else None,
+            ref_logps=None if ref is None else _numbers(ref, np.float32),
+            finish_reason=get["finish_reason"].as_py(),
+            reward=get["reward"].as_py(),
+            correct=get["correct"].as_py(),
+            advantage=get["advantage"].as_py(),
+            w_sft=get["w_sft"].as_py(),
+            w_grpo=get["w_grpo"].as_py(),
+            w_gal=get["w_gal"].as_py(),
+        )
+
+    def _check_ref(self, ref: pa.Table) -> None:
+        """Every rl row has its reference log-probs: one a token, at the row's temperature."""
+        has = list(zip(_lengths(ref["logprobs"]), ref["temperature"].to_pylist(), strict=True))
+        lengths = _lengths(self.table["tokens"])
+        keys = _columns(self.table, "route", "item_id", "temperature")
+        for route, item, temperature, length in zip(*keys, lengths, strict=True):
+            if route != "rl":
+                continue
+            again = "compute this role for the round again"
+            if item not in self._ref_at:
+                raise UserError(f"logprobs (role ref): no row for the shard's item {item}; {again}")
+            found = has[self._ref_at[item]]
+            if found != (length, temperature):
+                raise UserError(
+                    f"logprobs (role ref): item {item} has {found[0]} log-probs at temperature {found[1]}, its shard "
+                    f"row {length} tokens at {temperature}; {again}"
+                )
+
+
+_NEEDED = (
+    *("item_id", "prompt_id", "route", "teacher", "round", "source_round", "temperature", "prompt_tokens", "tokens"),
+    *("old_logprobs", "finish_reason", "reward", "correct", "advantage", "w_sft", "w_grpo", "w_gal"),
+)
+
+
+def _columns(table: pa.Table, *names: str) -> list[list]:
+    return [table[name].to_pylist() for name in names]
+
+
+def _lengths(lists: pa.ChunkedArray) -> list[int | None]:
+    return pc.call_function("list_value_length", [lists]).to_pylist()
+
+
+def _numbers(cell: pa.ListScalar, dtype: type) -> np.ndarray:
+    return cell.values.to_numpy(zero_copy_only=False).astype(dtype)
+
+
+def _check(shards: pa.Table) -> None:
+    """What the objective assumes of a shard. Raises UserError naming the first row or group that breaks it."""
+    groups: dict[str, list[tuple[int, float]]] = {}
+    prompts = _lengths(shards["prompt_tokens"])
+    tokens = _lengths(shards["tokens"])
+    olds = _lengths(shards["old_logprobs"])
+    light = _columns(shards, "route", "item_id", "prompt_id", "group_size", "w_gal", "temperature")
+    for route, item, prompt, size, w_gal, temperature, p, t, old in zip(*light, prompts, tokens, olds, strict=True):
+        if route not in ("sft", "rl"):
+            raise UserError(f"shards: item {item} has route {route!r}; expected sft or rl")
+        if not p or not t:
+            raise UserError(f"shards: item {item} has {p} prompt and {t} response tokens; both need at least one")
+        if route == "rl":
+            if old != t:
+                raise UserError(f"shards: item {item} has {old} old_logprobs for {t} tokens; expected one a token")
+            if temperature <= 0:
+                raise UserError(f"shards: item {item} was sampled at temperature {temperature}; training needs above 0")
+            groups.setdefault(prompt, []).append((size, w_gal))
+    for prompt, rows in groups.items():
+        if any(size != len(rows) for size, _ in rows):
+            raise UserError(
+                f"shards: the group of prompt {prompt} has {len(rows)} rows and says group_size {rows[0][0]}; "
+                "a group is trained on whole or not at all: grade the round again"
+            )
+        if len({w for _, w in rows}) > 1:
+            raise UserError(f"shards: the group of prompt {prompt} has several w_gal; GAL is one term a group")

@@ -1,0 +1,153 @@
+"""One round of training: plan, load, resume, then step by step forward, backward, clip, update, metrics, checkpoint.
+
+One idea: the plan of the whole round is computed first and is a pure function, so the loop only walks it, and a resumed
+round walks the rest of it. Left out: everything with a file of its own (schedule, batch, forward, objective, ...).
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from schemas.errors import UserError, WorkError
+from schemas.ids import seed_from
+from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
+from trainer.forward import load_model
+from trainer.job import RoundEnd, TrainJob
+from trainer.journal import Journal
+from trainer.metrics import step_metrics
+from trainer.objective import Unit, needs_reference
+from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
+from trainer.rows import Row, Shards
+from trainer.schedule import Cursor, Step, Update, plan_round
+from trainer.step import Observed, accumulate
+
+
+def train_round(job: TrainJob) -> RoundEnd:
+    """Trains one round, from its newest checkpoint if there is one. See TrainJob for what goes in.
+
+    Raises UserError before any work if the shards cannot be trained on, and WorkError, before the update, if a loss or a
+    gradient is not finite; checkpoints, draws and metrics up to the last checkpoint are then kept.
+    """
+    method = job.train.method
+    if needs_reference(method) and job.ref is None:
+        raise UserError("the method reads the base policy's log-probs (gal.ref = init) and none were given")
+    shards = Shards(job.shards, job.ref if needs_reference(method) else None)
+    plan = plan_round(job.shards, job.train, seed=job.seed, round=job.round)
+
+    model, optimizers, state = _begin(job)
+    job.sink.cut("draws", state.steps)
+    job.sink.cut("metrics", state.steps)
+    if state.ended is not None:
+        return RoundEnd(state.steps, state.ended)
+    if not plan:
+        _publish(job, model, optimizers, replace(state, ended="empty"))
+        return RoundEnd(0, "empty")
+
+    journal = Journal(job.sink, job.round)
+    for step in plan[state.steps :]:
+        began = time.perf_counter()
+        drawn: list[Row] = []
+        seen: dict[str, Observed] = {}
+        for update in step.updates:
+            units = [shards.rows(visit.items) for visit in update.visits]
+            drawn += [row for unit in units for row in unit]
+            seen[update.optimizer] = _update(job, model, optimizers, step, update, units)
+        metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
+        journal.add(step, drawn, metrics)
+
+        state = replace(state, steps=step.index + 1, cursor=step.cursor, ended=_end(job, step, metrics))
+        if state.ended is not None or state.steps % job.train.checkpoint_every == 0:
+            journal.flush()
+            _publish(job, model, optimizers, state)
+        job.sink.progress(state.steps, len(plan), _note(metrics))
+        if state.ended is not None:
+            return RoundEnd(state.steps, state.ended)
+    raise AssertionError("the last step of a plan ends the round")
+
+
+def _begin(job: TrainJob) -> tuple[nn.Module, Optimizers, TrainerState]:
+    """From the round's newest checkpoint, bitwise; else from the start folder, with its optimizer moments if it has any."""
+    done = job.sink.checkpoints()
+    folder = done[max(done)] if done else job.start
+    model = load_model(folder, job.policy)
+    optimizers = build_optimizers(model, job.train.method, job.train.optimizer)
+    state = load_state(folder)
+    torch.manual_seed(seed_from("torch", job.seed, job.round))
+    if state is not None:
+        load_tensors(folder, model, optimizers, rng=bool(done))
+    if not done:
+        state = TrainerState(round=job.round, steps=0, ended=None, cursor=Cursor())
+    if state is None or (state.round, state.steps) != (job.round, max(done, default=0)):
+        raise UserError(f"{folder}: its trainer/state.json is not that of round {job.round}, step {max(done, default=0)}")
+    return model, optimizers, state
+
+
+def _update(
+    job: TrainJob, model: nn.Module, optimizers: Optimizers, step: Step, update: Update, units: list[Unit]
+) -> Observed:
+    """One call of one optimizer."""
+    train = job.train
+    seen = accumulate(
+        model,
+        units,
+        update.prompts,
+        train.method,
+        micro_batch_tokens=train.micro_batch_tokens,
+        easy_scale=_easy_scale(job),
+        autocast=job.policy.dtype == "bfloat16",
+    )
+    norm = gradient_norm(model.parameters())
+    seen.grad_norm = norm.item()
+    _refuse_non_finite(seen, job, step, units)
+    seen.rate = learning_rate(
+        train.optimizer,
+        base_rate(train.method, update.optimizer),
+        step=job.round * train.steps + step.index,
+        total=job.rounds * train.steps,
+    )
+    apply_update(optimizers[update.optimizer], rate=seen.rate, clip_norm=train.optimizer.clip_norm, norm=norm)
+    return seen
+
+
+def _refuse_non_finite(seen: Observed, job: TrainJob, step: Step, units: list[Unit]) -> None:
+    if math.isfinite(seen.total) and math.isfinite(seen.grad_norm):
+        return
+    items = seen.broken or [row.item_id for unit in units for row in unit]
+    listed = ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+    raise WorkError(
+        f"train, round {job.round}, step {step.index}: loss {seen.total} and gradient norm {seen.grad_norm} are not both "
+        f"finite; the update was not made. Items: {listed}. Checkpoints are kept; lower train.method.lr, or look at these "
+        "rows with `dypo sql`"
+    )
+
+
+def _easy_scale(job: TrainJob) -> float:
+    """normalise = all: n counts the Easy prompts that a draw over all graded prompts would have held."""
+    if job.train.method.normalise == "gated":
+        return 1.0
+    gated = len(job.shards["prompt_id"].unique())
+    return gated / (gated + job.graded.get("easy", 0))
+
+
+def _end(job: TrainJob, step: Step, metrics: Mapping[str, float]) -> str | None:
+    """Why the round is over after this step, if it is."""
+    if step.index + 1 == job.train.steps:
+        return "steps"
+    return "ess" if metrics.get("ess", 1.0) < job.train.min_ess else None
+
+
+def _publish(job: TrainJob, model: nn.Module, optimizers: Optimizers, state: TrainerState) -> None:
+    def write(folder: Path) -> None:
+        save_checkpoint(folder, model, optimizers, state, start=job.start)
+
+    job.sink.checkpoint(state.steps, write)
+
+
+def _note(metrics: Mapping[str, float]) -> str:
+    shown = {"loss": "loss/total", "grad": "grad_norm", "reward": "reward", "ess": "ess", "tok/s": "tokens_per_s"}
+    return " ".join(f"{label} {metrics[name]:.3g}" for label, name in shown.items() if name in metrics)
