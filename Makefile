@@ -21,7 +21,7 @@ test: $(VENV)/ready check  ## checks, then every fast test
 check: $(VENV)/ready  ## lint, format, types, import layers, recipes, rendered docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python docs/render.py --check
 

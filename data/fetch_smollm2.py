@@ -114,7 +114,9 @@ def convert(gguf: Path, out: Path) -> None:
     with torch.no_grad():
         said = tokenizer.decode([int(again(ids).logits[0, -1].argmax())])
     if said.strip() != "Paris":
-        raise SystemExit(f"the converted model goes on {LOOKS_RIGHT!r} with {said!r}: this transformers reads the GGUF wrongly")
+        raise SystemExit(
+            f"the converted model goes on {LOOKS_RIGHT!r} with {said!r}: this transformers reads the GGUF wrongly"
+        )
 
 
 def sha256(path: Path) -> str:

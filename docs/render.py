@@ -18,7 +18,12 @@ HERE = Path(__file__).parent
 
 def recipe_md() -> str:
     """Every key of the recipe: type, default, meaning. One section for each table, in the order they are met."""
-    lines = ["# Recipe keys", "", "Rendered from `schemas/recipe.py` by `make docs`; do not edit. Unknown keys are errors.", ""]
+    lines = [
+        "# Recipe keys",
+        "",
+        "Rendered from `schemas/recipe.py` by `make docs`; do not edit. Unknown keys are errors.",
+        "",
+    ]
     queue: list[tuple[str, type[BaseModel]]] = [("(top level)", Recipe)]
     seen: set[type] = set()
     while queue:

@@ -29,8 +29,13 @@ app = typer.Typer(
 Target = Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="a recipe (.toml) or a run folder")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 Round = Annotated[int | None, typer.Option("--round", min=0, help="the refresh round; default: the newest that fits")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key, for example train.method.alpha=0.3")]
-Regenerate = Annotated[bool, typer.Option("--regenerate", help="allow making again what is expensive; the old rows move to superseded/")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key, for example train.method.alpha=0.3"),
+]
+Regenerate = Annotated[
+    bool, typer.Option("--regenerate", help="allow making again what is expensive; the old rows move to superseded/")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output")]
 
 
@@ -115,7 +120,9 @@ def ingest(target: Target, set: Set = None, as_json: Json = False) -> None:
 
 @app.command()
 def generate(
-    what_or_target: Annotated[str, typer.Argument(metavar="[teachers|rollouts] RECIPE|RUN", help="leave the word out for both")],
+    what_or_target: Annotated[
+        str, typer.Argument(metavar="[teachers|rollouts] RECIPE|RUN", help="leave the word out for both")
+    ],
     target: Annotated[Path | None, typer.Argument(hidden=True)] = None,
     round: Round = None,
     set: Set = None,
@@ -155,7 +162,9 @@ def grade(target: Target, round: Round = None, set: Set = None, as_json: Json = 
 
 
 @app.command()
-def train(target: Target, round: Round = None, set: Set = None, regenerate: Regenerate = False, as_json: Json = False) -> None:
+def train(
+    target: Target, round: Round = None, set: Set = None, regenerate: Regenerate = False, as_json: Json = False
+) -> None:
     """Train one round on its shards; goes on where a killed run stopped."""
     from pipeline.stages import train as stage
     from trainer import api
@@ -165,7 +174,9 @@ def train(target: Target, round: Round = None, set: Set = None, regenerate: Rege
 
 
 @app.command()
-def refresh(target: Target, round: Round = None, set: Set = None, regenerate: Regenerate = False, as_json: Json = False) -> None:
+def refresh(
+    target: Target, round: Round = None, set: Set = None, regenerate: Regenerate = False, as_json: Json = False
+) -> None:
     """Rollouts, verdicts, grades and shards for the newest checkpoint."""
     from pipeline.flow import refresh as flow
 
@@ -191,7 +202,9 @@ def run(target: Target, set: Set = None, regenerate: Regenerate = False, as_json
 def eval(
     target: Target,
     round: Round = None,
-    step: Annotated[int | None, typer.Option("--step", min=0, help="updates done; (round 0, step 0) is the base policy")] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="updates done; (round 0, step 0) is the base policy")
+    ] = None,
     set: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -275,7 +288,7 @@ def _write_report(ctx: "Context", out: Path | None = None) -> Path:
 
     manifests = [m for t in [*TABLES, "checkpoints"] for p in partitions(ctx.run, t) if (m := p.manifest())]
     html = build_report(connect(ctx.run), ctx.recipe, manifests)
-    return publish(out or ctx.run / "report.html", lambda p: p.write_text(html))
+    return publish(out or ctx.run / "report.html", lambda p: p.write_text(html, encoding="utf-8"))
 
 
 def _summary(ctx: "Context", report: Path) -> None:
@@ -286,7 +299,10 @@ def _summary(ctx: "Context", report: Path) -> None:
     con = connect(ctx.run)
     run = _relative(ctx.run)
     print("\nEvals (95 % intervals over problems)")
-    shell.show(shell.query(con, "select suite, metric, round, step, value, ci_low, ci_high, problems from evals order by all"), False)
+    shell.show(
+        shell.query(con, "select suite, metric, round, step, value, ci_low, ci_high, problems from evals order by all"),
+        False,
+    )
     print("\nGrade mix by round")
     mix = ", ".join(f"count(*) filter (where grade = '{g}') as {g}" for g in ("easy", "mid", "hard"))
     shell.show(shell.query(con, f"select round, {mix} from grades group by round order by round"), False)

@@ -73,7 +73,13 @@ def _plan_eval(ctx: Context, round: int, step: int) -> Iterator[Planned]:
         rows = None if prompts is None else min(prompts, suite.limit or prompts) * suite.n
         most = ctx.recipe.eval.max_tokens
         yield _look(
-            ctx, "eval_rollouts", "eval_rollouts", keys, lambda s=suite: evaluate.sample_spec(ctx, s, round, step), rows, most
+            ctx,
+            "eval_rollouts",
+            "eval_rollouts",
+            keys,
+            lambda s=suite: evaluate.sample_spec(ctx, s, round, step),
+            rows,
+            most,
         )
         yield _score(ctx, "eval", "eval_rollouts", keys, rows)
         yield _look(ctx, "eval", "evals", keys, lambda s=suite: _eval_spec(ctx, s, round, step), None)

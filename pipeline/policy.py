@@ -84,9 +84,7 @@ class Renderer:
         if not folder.is_dir():
             _check(folder)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as e:
             reason = " ".join(str(e).split())
             raise UserError(
@@ -118,9 +116,8 @@ class Renderer:
 
         A template that opens the thinking itself leaves its tag out of the target, as it is in the prompt already.
         """
-        if not isinstance(prompt, str):
-            prompt = self._tokenizer.decode(list(prompt[-8:]), skip_special_tokens=False)
-        if prompt.endswith(THINK):
+        tail = prompt if isinstance(prompt, str) else self._tokenizer.decode(list(prompt[-8:]), skip_special_tokens=False)
+        if tail.endswith(THINK):
             text = text.removeprefix(THINK)
         text = text.removesuffix(self._eos_text)
         return [*self._ids(text), self._eos]

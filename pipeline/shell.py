@@ -1,5 +1,6 @@
 """`dypo sql`: one SELECT over the run's views, or an interactive prompt. Nothing can be written or reached from it."""
 
+import contextlib
 import json
 import sys
 import threading
@@ -24,7 +25,9 @@ def query(con: "duckdb.DuckDBPyConnection", text: str, timeout_s: float | None =
         raise UserError(f"sql: {e}") from None
     if len(statements) != 1 or statements[0].type.name != "SELECT":
         kinds = ", ".join(s.type.name for s in statements) or "nothing"
-        raise UserError(f"sql: one SELECT is allowed (describe, show and summarize count as one), found {kinds}. The run is read-only")
+        raise UserError(
+            f"sql: one SELECT is allowed (describe, show and summarize count as one), found {kinds}. The run is read-only"
+        )
     timer = threading.Timer(timeout_s, con.interrupt) if timeout_s else None
     try:
         if timer:
@@ -69,10 +72,8 @@ def _cell(value: Any) -> str:
 def interactive(run: Path, as_json: bool) -> None:
     """Reads statements that end with `;` until end of input or `.quit`. `.tables` lists the views."""
     con = connect(run)
-    try:
-        import readline  # noqa: F401  line editing, where the platform has it
-    except ImportError:
-        pass
+    with contextlib.suppress(ImportError):  # line editing, where the platform has it
+        import readline  # noqa: F401
     if sys.stdin.isatty():
         print("Read-only. End a query with ;   .tables lists the views   .quit leaves")
     buffer = ""

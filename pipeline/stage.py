@@ -7,6 +7,7 @@ it with what lies on disk (nothing / the same / something else), `finish` writes
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -90,7 +91,11 @@ def changes(spec: Spec, manifest: Manifest | None) -> str:
         return "unfinished work of another recipe lies there"
     old, new = _flat(manifest.config), _flat(spec.config)
     out = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    out += [f"input {k} changed" for k in sorted({*manifest.parents, *spec.parents}) if manifest.parents.get(k) != spec.parents.get(k)]
+    out += [
+        f"input {k} changed"
+        for k in sorted({*manifest.parents, *spec.parents})
+        if manifest.parents.get(k) != spec.parents.get(k)
+    ]
     if manifest.seed != spec.seed:
         out.append(f"seed: {manifest.seed} -> {spec.seed}")
     return "; ".join(out) or f"stage version is now {VERSIONS[spec.stage]}"
@@ -108,23 +113,30 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def begin(spec: Spec, *, regenerate: bool = False) -> None:
     """Makes the partition's folder hold only rows of this fingerprint: what lies there under another one is moved to
-    RUN/superseded (and a superseded partition of this very fingerprint is brought back).
+    RUN/superseded, a superseded partition of this very fingerprint is brought back.
 
     UserError when that would throw away generated text or an unfinished training without --regenerate.
     """
     part = spec.partition
     part.remove_temporary()
+    restore(spec)
     found = found_fingerprint(part)
     if found is not None and found != spec.fingerprint:
-        kept = superseded(spec.stage, part, spec.fingerprint)
-        if spec.expensive and not regenerate and not kept.exists():
+        if spec.expensive and not regenerate:
             raise UserError(
                 f"{part.folder}: made from other settings ({changes(spec, part.manifest())}). Making it again is "
                 "expensive: pass --regenerate to do it (the old rows move to superseded/), or restore the setting"
             )
         move(part.folder, superseded(spec.stage, part, found))
+
+
+def restore(spec: Spec) -> None:
+    """Brings a superseded partition of this very fingerprint back; what lies in its place is superseded in turn."""
+    part = spec.partition
     kept = superseded(spec.stage, part, spec.fingerprint)
-    if found != spec.fingerprint and kept.exists():
+    if kept.exists() and (found := found_fingerprint(part)) != spec.fingerprint:
+        if found is not None:
+            move(part.folder, superseded(spec.stage, part, found))
         move(kept, part.folder)
 
 
@@ -163,7 +175,9 @@ def finish(spec: Spec, *, failed: int = 0, facts: dict[str, Any] | None = None, 
         raise AssertionError(f"{part.folder}: a key of {part.table} stands twice; this is a bug in dypo")
     parts = []
     for path in paths:
-        parts.append(known.get(path.name) or describe(path, read_parts([path], part.table, [TABLES[part.table].key[0]]).num_rows))
+        parts.append(
+            known.get(path.name) or describe(path, read_parts([path], part.table, [TABLES[part.table].key[0]]).num_rows)
+        )
     added = len(rows) - (before.rows if before else 0)
     seconds = time.monotonic() - started if started else 0.0
     rate = {"rows_per_s": float(f"{added / seconds:.4g}")} if seconds > 0 and added else {}
@@ -197,7 +211,9 @@ def nothing(spec: Spec) -> Outcome:
     manifest = spec.partition.manifest()
     assert manifest is not None
     why = f"same fingerprint {spec.fingerprint[:12]} and no work left"
-    return Outcome(spec.stage, spec.partition.label, "nothing", why, manifest.rows, failed=manifest.failed, facts=manifest.facts)
+    return Outcome(
+        spec.stage, spec.partition.label, "nothing", why, manifest.rows, failed=manifest.failed, facts=manifest.facts
+    )
 
 
 def current(spec: Spec) -> bool:
@@ -207,7 +223,7 @@ def current(spec: Spec) -> bool:
 
 
 def make_table(spec: Spec, rows: pa.Table, *, facts: dict[str, Any] | None = None, started: float | None = None) -> Outcome:
-    """The whole life of a partition that is computed in one go: begin, one part, manifest."""
+    """The whole life of a partition that is computed in one go: begin, one part, manifest. Not for one that is current."""
     begin(spec)
     for path in parts_of(spec):
         path.unlink()
@@ -216,6 +232,11 @@ def make_table(spec: Spec, rows: pa.Table, *, facts: dict[str, Any] | None = Non
     else:
         spec.partition.folder.mkdir(parents=True, exist_ok=True)
     return finish(spec, facts=facts, started=started)
+
+
+def counts(rows: pa.Table, column: str) -> dict[str, int]:
+    """How often each value stands in a column, for a manifest's facts."""
+    return dict(sorted(Counter(rows.column(column).to_pylist()).items()))
 
 
 def need(run: Path, table: str, keys: Mapping[str, str | int | None], *, command: str) -> Manifest:

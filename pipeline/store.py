@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from schemas.columns import META_TABLE, META_VERSION, SCHEMA_VERSION
 from schemas.errors import UserError, WorkError
-from schemas.manifest import Manifest, Part
+from schemas.manifest import Manifest
 from schemas.tables import ARROW, TABLES
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Partition:
                 compression="zstd",
                 row_group_size=ROW_GROUP,
                 write_page_checksum=True,
-                use_dictionary=whole if split else True,
+                use_dictionary=whole if split else True,  # pyright: ignore[reportArgumentType]
                 column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") if split else None,
             )
 
@@ -196,7 +196,7 @@ def read_parts(paths: list[Path], table: str, columns: list[str] | None = None) 
     tables = []
     for path in paths:
         try:
-            got = pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
+            got = pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)  # pyright: ignore[reportArgumentType]
         except (pa.ArrowInvalid, pa.ArrowIOError, OSError) as e:
             raise UserError(f"{path}: cannot be read ({e}). Delete it; its rows will be made again") from None
         missing = [f.name for f in schema if f.name not in got.column_names]
@@ -281,7 +281,9 @@ def lock(run: Path) -> Iterator[None]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             f.seek(0)
-            raise UserError(f"{run}: another dypo process ({f.read().strip()}) is writing to this run; wait for it") from None
+            raise UserError(
+                f"{run}: another dypo process ({f.read().strip()}) is writing to this run; wait for it"
+            ) from None
         f.truncate(0)
         f.write(f"pid {os.getpid()}")
         f.flush()

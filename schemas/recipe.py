@@ -40,9 +40,11 @@ class FileSource(Model):
     path: Path
     verifier: str
     split: Literal["train", "eval"] = "train"
-    eval_rows: int = Field(0, ge=0, description="of a train source: this many prompts go to eval, chosen by prompt_id")
-    limit: int | None = Field(None, ge=1)
-    system: str | None = Field(None, description="a system message put before each prompt that has none")
+    eval_rows: int = Field(
+        default=0, ge=0, description="of a train source: this many prompts go to eval, chosen by prompt_id"
+    )
+    limit: int | None = Field(default=None, ge=1)
+    system: str | None = Field(default=None, description="a system message put before each prompt that has none")
 
 
 class GymTask(Model):
@@ -62,9 +64,9 @@ class GymSource(Model):
     seed: int = 0
     verifier: str
     split: Literal["train", "eval"] = "train"
-    eval_rows: int = Field(0, ge=0)
+    eval_rows: int = Field(default=0, ge=0)
     system: str | None = None
-    suffix: str = Field("", description="text put after each question, for example how to give the answer")
+    suffix: str = Field(default="", description="text put after each question, for example how to give the answer")
 
 
 Source = Annotated[Union[FileSource, GymSource], Field(discriminator="type")]
@@ -85,14 +87,21 @@ class OpenAIEngine(Model):
     base_url: str
     model: str
     api_key_env: str = "OPENAI_API_KEY"
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(2048, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=2048, ge=1)
     system: str | None = None
-    concurrency: int = Field(8, ge=1)
-    timeout_s: float = Field(120.0, gt=0)
-    retries: int = Field(4, ge=0, description="of a request that timed out, got 429 or 5xx, or garbage")
-    max_failed: float = Field(0.02, ge=0, le=1, description="share of samples that may fail for good")
+    concurrency: int = Field(default=8, ge=1)
+    timeout_s: float = Field(default=120.0, gt=0)
+    retries: int = Field(default=4, ge=0, description="of a request that timed out, got 429 or 5xx, or garbage")
+    max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
+
+    @field_validator("base_url")
+    @classmethod
+    def _no_secret(cls, url: str) -> str:
+        if "@" in url or "?" in url:
+            raise ValueError("give the address alone: a key belongs in the environment (api_key_env), not in a recipe")
+        return url
 
 
 class ReplayEngine(Model):
@@ -100,7 +109,7 @@ class ReplayEngine(Model):
 
     type: Literal["replay"]
     path: Path
-    select: str | None = Field(None, description="of a target with several teachers: the one to take")
+    select: str | None = Field(default=None, description="of a target with several teachers: the one to take")
 
 
 TeacherEngine = Annotated[Union[ProgramEngine, OpenAIEngine, ReplayEngine], Field(discriminator="type")]
@@ -110,7 +119,7 @@ class Teacher(Model):
     """Who writes traces, and how many for each prompt."""
 
     name: str = Field(pattern=NAME)
-    samples: int = Field(1, ge=1)
+    samples: int = Field(default=1, ge=1)
     engine: TeacherEngine
 
 
@@ -118,20 +127,20 @@ class HFEngine(Model):
     """transformers on this machine: the prompt computed once for its group, a static cache, our own noise."""
 
     type: Literal["hf"] = "hf"
-    batch_sequences: int = Field(256, ge=1, description="sequences decoded together; whole groups")
+    batch_sequences: int = Field(default=256, ge=1, description="sequences decoded together; whole groups")
 
 
 class VLLMEngine(Model):
     """vLLM in process. GPU machines: `pip install dypo[vllm]`."""
 
     type: Literal["vllm"]
-    batch_sequences: int = Field(4096, ge=1, description="sequences handed over at once; one part file each")
-    tensor_parallel_size: int = Field(1, ge=1)
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    max_model_len: int | None = Field(None, ge=1)
-    seeded: bool = Field(True, description="false: no seed is sent, and the rows say so (seed null)")
+    batch_sequences: int = Field(default=4096, ge=1, description="sequences handed over at once; one part file each")
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    max_model_len: int | None = Field(default=None, ge=1)
+    seeded: bool = Field(default=True, description="false: no seed is sent, and the rows say so (seed null)")
     enforce_eager: bool = False
-    max_logprob_difference: float = Field(0.05, gt=0, description="engine against the trainer's forward, at start")
+    max_logprob_difference: float = Field(default=0.05, gt=0, description="engine against the trainer's forward, at start")
 
 
 RolloutEngine = Annotated[Union[HFEngine, VLLMEngine], Field(discriminator="type")]
@@ -143,17 +152,19 @@ class Policy(Model):
     model: Path
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, ge=1, description="of torch on a CPU; bitwise resume holds at the same number")
+    threads: int | None = Field(default=None, ge=1, description="of torch on a CPU; bitwise resume holds at the same number")
 
 
 class Rollouts(Model):
     """k rollouts of the current policy for each prompt of the round."""
 
     k: int = 8
-    prompts_per_round: int | None = Field(None, ge=1, description="drawn anew each round; default: all train prompts")
-    temperature: float = Field(1.0, gt=0)
+    prompts_per_round: int | None = Field(
+        default=None, ge=1, description="drawn anew each round; default: all train prompts"
+    )
+    temperature: float = Field(default=1.0, gt=0)
     top_p: float = 1.0
-    max_tokens: int = Field(2048, ge=1)
+    max_tokens: int = Field(default=2048, ge=1)
     engine: RolloutEngine = HFEngine()
 
     @field_validator("k")
@@ -179,20 +190,20 @@ class Score(Model):
     """Verifiers by name, and the pool that runs them."""
 
     verifiers: dict[str, ScorerConfig] = Field(min_length=1)
-    workers: int = Field(2, ge=1)
-    timeout_s: float = Field(10.0, gt=0, description="for one verdict; then its process is killed")
-    memory_mb: int | None = Field(2048, ge=64, description="address space of a worker; null: no limit")
-    max_failed: float = Field(0.1, ge=0, le=1, description="share of verdicts that may be timeout or error")
+    workers: int = Field(default=2, ge=1)
+    timeout_s: float = Field(default=10.0, gt=0, description="for one verdict; then its process is killed")
+    memory_mb: int | None = Field(default=2048, ge=64, description="address space of a worker; null: no limit")
+    max_failed: float = Field(default=0.1, ge=0, le=1, description="share of verdicts that may be timeout or error")
 
 
 class Grade(Model):
     """Thresholds on integer success counts, so no float decides a grade."""
 
-    hard_max_successes: int = Field(0, ge=0, description="at most this many right: hard")
-    easy_max_failures: int = Field(0, ge=0, description="at most this many wrong: easy")
-    max_tokens: int = Field(8192, ge=1, description="prompt + response; longer traces and groups are not trained on")
-    unjudged_to_routes: bool = Field(False, description="route groups with a timeout, error or gold_bad verdict too")
-    query: Path | None = Field(None, description="a .sql file of yours with the columns of grades")
+    hard_max_successes: int = Field(default=0, ge=0, description="at most this many right: hard")
+    easy_max_failures: int = Field(default=0, ge=0, description="at most this many wrong: easy")
+    max_tokens: int = Field(default=8192, ge=1, description="prompt + response; longer traces and groups are not trained on")
+    unjudged_to_routes: bool = Field(default=False, description="route groups with a timeout, error or gold_bad verdict too")
+    query: Path | None = Field(default=None, description="a .sql file of yours with the columns of grades")
 
 
 # ---------------------------------------------------------------- training
@@ -201,17 +212,17 @@ class GAL(Model):
 
     logp_reduction: Literal["mean", "sum"] = "mean"
     ref: Literal["init", "none", "old"] = "init"
-    beta: float = Field(1.0, gt=0)
+    beta: float = Field(default=1.0, gt=0)
 
 
 class GRPO(Model):
     """Clipped surrogate; `sequence` is GSPO's ratio. Aggregation is seq-mean-token-mean."""
 
     ratio: Literal["token", "sequence"] = "token"
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-    advantage: Literal["std", "none"] = Field("std", description="none: centred, not divided by the std")
-    eps: float = Field(1e-6, gt=0)
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.2, gt=0)
+    advantage: Literal["std", "none"] = Field(default="std", description="none: centred, not divided by the std")
+    eps: float = Field(default=1e-6, gt=0)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -233,19 +244,21 @@ class DypoMethod(Model):
 
     type: Literal["dypo"] = "dypo"
     preset: Literal["default", "paper", "official"] = "default"
-    alpha: float = Field(0.5, ge=0, le=1, description="weight of GRPO; 1 - alpha is GAL's")
-    gal_weight: float | None = Field(None, ge=0, description="if set: GRPO + gal_weight * GAL, and alpha is not used")
-    gamma: float = Field(1.0, ge=0, description="weight of SFT")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="weight of GRPO; 1 - alpha is GAL's")
+    gal_weight: float | None = Field(
+        default=None, ge=0, description="if set: GRPO + gal_weight * GAL, and alpha is not used"
+    )
+    gamma: float = Field(default=1.0, ge=0, description="weight of SFT")
     gal: GAL = GAL()
     grpo: GRPO = GRPO()
     sft_reduction: Literal["token", "prompt"] = "token"
-    normalise: Literal["gated", "all"] = Field("gated", description="all: Easy prompts count in n too")
+    normalise: Literal["gated", "all"] = Field(default="gated", description="all: Easy prompts count in n too")
     schedule: Literal["joint", "queue"] = "joint"
-    queue_size: int = Field(16, ge=1, description="queue only: Hard prompts in one SFT update")
-    queue_groups: int = Field(8, ge=1, description="queue only: Mid groups in one RL update, at least")
-    lr: float = Field(1e-6, gt=0)
-    sft_lr: float | None = Field(None, gt=0, description="queue only: the second optimizer's learning rate")
-    query: Path | None = Field(None, description="a routing .sql file of yours with the columns of shards")
+    queue_size: int = Field(default=16, ge=1, description="queue only: Hard prompts in one SFT update")
+    queue_groups: int = Field(default=8, ge=1, description="queue only: Mid groups in one RL update, at least")
+    lr: float = Field(default=1e-6, gt=0)
+    sft_lr: float | None = Field(default=None, gt=0, description="queue only: the second optimizer's learning rate")
+    query: Path | None = Field(default=None, description="a routing .sql file of yours with the columns of shards")
 
     @model_validator(mode="before")
     @classmethod
@@ -274,11 +287,11 @@ class Optimizer(Model):
     """AdamW, warm-up and decay over the whole run's steps (rounds * steps)."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    final_fraction: float = Field(0.1, ge=0, le=1, description="of lr, reached at the last step of the run")
+    final_fraction: float = Field(default=0.1, ge=0, le=1, description="of lr, reached at the last step of the run")
 
 
 class Train(Model):
@@ -286,9 +299,9 @@ class Train(Model):
 
     steps: int = Field(ge=1, description="optimizer steps in a round")
     prompts_per_step: int = Field(ge=1, description="gated prompts (Hard and Mid together) in a step")
-    micro_batch_tokens: int = Field(16384, ge=1, description="token slots in one forward; whole groups")
-    checkpoint_every: int = Field(50, ge=1)
-    min_ess: float = Field(0.0, ge=0, le=1, description="end the round when a step's effective sample size is below")
+    micro_batch_tokens: int = Field(default=16384, ge=1, description="token slots in one forward; whole groups")
+    checkpoint_every: int = Field(default=50, ge=1)
+    min_ess: float = Field(default=0.0, ge=0, le=1, description="end the round when a step's effective sample size is below")
     method: Method = DypoMethod()
     optimizer: Optimizer = Optimizer()
 
@@ -300,8 +313,8 @@ class Suite(Model):
     name: str = Field(pattern=NAME)
     sources: list[str] = Field(min_length=1)
     out_of_distribution: bool = False
-    limit: int | None = Field(None, ge=1)
-    n: int = Field(4, ge=1, description="samples a problem: avg@n")
+    limit: int | None = Field(default=None, ge=1)
+    n: int = Field(default=4, ge=1, description="samples a problem: avg@n")
     pass_k: list[int] = [1]
 
 
@@ -309,10 +322,12 @@ class Eval(Model):
     """Suites and how they are sampled. The same engine and scorers as training."""
 
     suites: list[Suite] = []
-    temperature: float = Field(0.6, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(2048, ge=1)
-    every_rounds: int = Field(0, ge=0, description="in `dypo run`: 0 = before and after; n = after each n rounds too")
+    temperature: float = Field(default=0.6, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=2048, ge=1)
+    every_rounds: int = Field(
+        default=0, ge=0, description="in `dypo run`: 0 = before and after; n = after each n rounds too"
+    )
 
 
 class Recipe(Model):
@@ -321,7 +336,7 @@ class Recipe(Model):
     name: str = Field(pattern=NAME)
     run: Path
     seed: int = 0
-    rounds: int = Field(1, ge=1)
+    rounds: int = Field(default=1, ge=1)
     policy: Policy
     sources: list[Source] = Field(min_length=1)
     teachers: list[Teacher] = []

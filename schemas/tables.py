@@ -9,9 +9,7 @@ from schemas.columns import Column, Table
 from schemas.scorers import STATUSES
 
 S, I32, I64, F32, F64, B = pa.string(), pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.bool_()
-MESSAGES = pa.list_(
-    pa.field("element", pa.struct([pa.field("role", S, False), pa.field("content", S, False)]), False)
-)
+MESSAGES = pa.list_(pa.field("element", pa.struct([pa.field("role", S, False), pa.field("content", S, False)]), False))
 IDS = pa.list_(pa.field("element", I32, nullable=False))
 LOGPS = pa.list_(pa.field("element", F32, nullable=False))
 
@@ -220,8 +218,7 @@ evals = Table(
 )
 
 TABLES: dict[str, Table] = {
-    t.name: t
-    for t in (prompts, traces, rollouts, scores, grades, shards, logprobs, draws, metrics, eval_rollouts, evals)
+    t.name: t for t in (prompts, traces, rollouts, scores, grades, shards, logprobs, draws, metrics, eval_rollouts, evals)
 }
 ARROW: dict[str, pa.Schema] = {name: table.arrow() for name, table in TABLES.items()}
 

@@ -13,7 +13,9 @@ HEAVY = ("torch", "transformers", "vllm", "duckdb", "polars", "pyarrow", "matplo
 def loaded(code: str) -> set[str]:
     """Which heavy packages a fresh interpreter has loaded after `code`."""
     probe = f"import sys\n{code}\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    )
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -26,7 +28,10 @@ def test_schemas_load_neither_torch_nor_duckdb() -> None:
 
 
 def test_the_stages_load_no_torch_until_they_need_it() -> None:
-    assert not loaded("import pipeline.flow, pipeline.plan, pipeline.store, pipeline.engines.hf, pipeline.report") & {"torch", "vllm"}
+    assert not loaded("import pipeline.flow, pipeline.plan, pipeline.store, pipeline.engines.hf, pipeline.report") & {
+        "torch",
+        "vllm",
+    }
 
 
 def test_the_packages_are_ours_and_not_those_of_another_distribution() -> None:

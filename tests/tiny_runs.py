@@ -84,7 +84,9 @@ def write_recipe(folder: Path, text: str = RECIPE, **changes: str) -> Path:
     return path
 
 
-def dypo(*args: object, check: bool = True, timeout: float = 280, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def dypo(
+    *args: object, check: bool = True, timeout: float = 280, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs the real command in a process of its own, with no terminal and no way to a hub."""
     got = subprocess.run(
         [sys.executable, "-m", "pipeline", *map(str, args)],
@@ -116,10 +118,10 @@ def kill_when(args: list[object], ready, timeout: float = 200) -> bool:
 
 def table(run: Path, name: str) -> pl.DataFrame:
     """A whole table as rows sorted by key, without what a clock decides."""
-    from pipeline.store import connect
+    from pipeline.store import ask, connect
     from schemas.tables import TABLES
 
-    frame = pl.from_arrow(connect(run).execute(f"select * from {name}").to_arrow_table())
+    frame = pl.from_arrow(ask(connect(run), f"select * from {name}"))
     assert isinstance(frame, pl.DataFrame)
     frame = frame.drop(NOT_OF_THE_RUN.get(name, []))
     if name == "metrics":

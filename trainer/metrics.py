@@ -43,6 +43,12 @@ def step_metrics(
     return {name: float(value) for name, value in out.items()}
 
 
+def summary(metrics: Mapping[str, float]) -> str:
+    """One short line for whoever watches."""
+    shown = {"loss": "loss/total", "grad": "grad_norm", "reward": "reward", "ess": "ess", "tok/s": "tokens_per_s"}
+    return " ".join(f"{label} {metrics[name]:.3g}" for label, name in shown.items() if name in metrics)
+
+
 def effective_sample_size(log_weights: np.ndarray) -> float:
     """(sum w)^2 / (n sum w^2), between 1 / n and 1, computed from log w without overflow."""
     weights = np.exp(log_weights - log_weights.max())

@@ -19,8 +19,8 @@ from trainer.checkpoint import TrainerState, load_state, load_tensors, save_chec
 from trainer.forward import load_model
 from trainer.job import RoundEnd, TrainJob
 from trainer.journal import Journal
-from trainer.metrics import step_metrics
-from trainer.objective import Unit, needs_reference
+from trainer.metrics import step_metrics, summary
+from trainer.objective import Unit, count, needs_reference
 from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
 from trainer.rows import Row, Shards
 from trainer.schedule import Cursor, Step, Update, plan_round
@@ -64,7 +64,7 @@ def train_round(job: TrainJob) -> RoundEnd:
         if state.ended is not None or state.steps % job.train.checkpoint_every == 0:
             journal.flush()
             _publish(job, model, optimizers, state)
-        job.sink.progress(state.steps, len(plan), _note(metrics))
+        job.sink.progress(state.steps, len(plan), summary(metrics))
         if state.ended is not None:
             return RoundEnd(state.steps, state.ended)
     raise AssertionError("the last step of a plan ends the round")
@@ -95,7 +95,7 @@ def _update(
     seen = accumulate(
         model,
         units,
-        update.prompts,
+        count(units, update.prompts),
         train.method,
         micro_batch_tokens=train.micro_batch_tokens,
         easy_scale=_easy_scale(job),
@@ -146,8 +146,3 @@ def _publish(job: TrainJob, model: nn.Module, optimizers: Optimizers, state: Tra
         save_checkpoint(folder, model, optimizers, state, start=job.start)
 
     job.sink.checkpoint(state.steps, write)
-
-
-def _note(metrics: Mapping[str, float]) -> str:
-    shown = {"loss": "loss/total", "grad": "grad_norm", "reward": "reward", "ess": "ess", "tok/s": "tokens_per_s"}
-    return " ".join(f"{label} {metrics[name]:.3g}" for label, name in shown.items() if name in metrics)

@@ -24,7 +24,6 @@ from trainer.objective import (
     Mixture,
     Unit,
     components,
-    count,
     gal_summaries,
     gal_weight,
     micro_batch,
@@ -38,7 +37,7 @@ class Observed:
     """What one update saw, summed or listed over its micro-batches. Numbers are host floats and numpy arrays.
 
     log_ratios and entropies: one array a row of `rl_rows`, a value a token. margins: GAL's d of every pair, and
-    length_gaps the pair's difference in tokens, right minus wrong. broken: items whose log-probs or gradient are not finite.
+    length_gaps the pair's difference in tokens, right minus wrong. broken: items whose log-ratio or gradient is not finite.
     """
 
     counts: Counts
@@ -68,16 +67,15 @@ class Observed:
 def accumulate(
     model: nn.Module,
     units: Sequence[Unit],
-    prompts: int,
+    counts: Counts,
     method: DypoMethod,
     *,
     micro_batch_tokens: int,
     easy_scale: float = 1.0,
     autocast: bool = False,
 ) -> Observed:
-    """Adds the gradient of an update over `units` (drawn by `prompts` prompt visits) to the parameters' `.grad`."""
+    """Adds the gradient of `units` to the `.grad`s. `counts` are the whole update's, of which they may be a share."""
     device = str(next(model.parameters()).device)
-    counts = count(units, prompts)
     seen = Observed(counts, mixture(method, counts, easy_scale=easy_scale))
     for chosen in plan_micro_batches(units, micro_batch_tokens):
         batch = micro_batch([units[i] for i in chosen], counts, method, device)
@@ -118,14 +116,15 @@ def _observe(
     seen.grpo_square += grpo.square().sum().item()
     seen.gal_square += gal.square().sum().item()
     seen.prompt_tokens += sum(len(row.prompt_tokens) for row in batch.rows)
-    finite_B = (logps_BT.isfinite() & mixed_BT.isfinite()).all(-1).tolist()
+    log_ratio_BT = logps_BT.double() - batch.old_BT
+    finite_B = (log_ratio_BT.isfinite() & mixed_BT.isfinite()).all(-1).tolist()
     seen.broken += [row.item_id for row, finite in zip(batch.rows, finite_B, strict=True) if not finite]
 
-    log_ratio_BT = (logps_BT - batch.old_BT).double().cpu().numpy()
+    log_ratios_BT = log_ratio_BT.cpu().numpy()
     entropies_BT = entropy_BT.double().cpu().numpy()
     for at, row in enumerate(batch.rows[: batch.starts[-1]]):
         seen.rl_rows.append(row)
-        seen.log_ratios.append(log_ratio_BT[at, : len(row.tokens)])
+        seen.log_ratios.append(log_ratios_BT[at, : len(row.tokens)])
         seen.entropies.append(entropies_BT[at, : len(row.tokens)])
     if gal_weight(method) == 0:
         return

@@ -53,9 +53,7 @@ class HFSampler:
     name = "hf"
     seeded = True
 
-    def __init__(
-        self, folder: Path, policy: Policy, config: HFEngine, sampling: Sampling, renderer: Renderer
-    ) -> None:
+    def __init__(self, folder: Path, policy: Policy, config: HFEngine, sampling: Sampling, renderer: Renderer) -> None:
         import torch
 
         if policy.device == "cuda" and not torch.cuda.is_available():
@@ -92,7 +90,11 @@ class HFSampler:
         if self._loaded is None:
             import torch
             from transformers import AutoModelForCausalLM
+            from transformers.utils import logging
 
+            logging.disable_progress_bar()  # ours is told by the stage
+            if self.policy.threads is not None:
+                torch.set_num_threads(self.policy.threads)
             device = self.policy.device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"

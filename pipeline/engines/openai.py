@@ -194,6 +194,7 @@ class _Crew:
             got = await self._attempt(client, ask, sample)
             if isinstance(got, Sample):
                 self._failed_in_a_row = 0
+                self._answered = True
                 return got
             attempt += not got.free
             if got.fatal is not None:

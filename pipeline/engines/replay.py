@@ -126,7 +126,7 @@ class ReplayTeacher:
                         others.add(trace.teacher)
                         continue
                     teachers.add(trace.teacher)
-                    for key in ids:
+                    for key in ids if len(teachers) == 1 else ():
                         self._add(recorded[key], trace)
         if len(teachers) > 1:
             raise UserError(

@@ -15,6 +15,7 @@ Seeds on the CPU build need chunked prefill off ("CPU Generator does not use off
 It leaves out weight reloading: an engine lives for one `run` and then gives its memory back.
 """
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ Reference = Callable[[list[int], list[int], float], list[float]]
 """(prompt_tokens, tokens, temperature) -> log softmax(logits / temperature) of each token: the trainer's forward."""
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
+CPU_CACHE_BYTES = 2**30  # keys and values of the sequences that vLLM's CPU build works on at once
 BATCHED_TOKENS = 8192  # tokens of one engine step without chunked prefill, at least
 
 
@@ -54,6 +56,7 @@ class VLLMSampler:
         self.seeded = config.seeded
         self.probed: float | None = None  # the largest log-prob difference that the last probe saw
         self._note = "{}"
+        self._vllm: Any = None
 
     def run(self, asks: Sequence[Ask], finished: Finished) -> Iterator[list[Sample | Failure]]:
         """One list for each planned batch that has unfinished samples; only those are asked for."""
@@ -79,9 +82,10 @@ class VLLMSampler:
         """The engine, with room for sequences of `tokens` (or the recipe's max_model_len, or the policy's context)."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        try:
-            import vllm
-            from vllm.platforms import current_platform
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:  # by name: this file is called vllm too, and tools take it for the package
+            self._vllm = importlib.import_module("vllm")
+            platform = importlib.import_module("vllm.platforms").current_platform
         except ImportError as e:
             raise UserError(
                 f"engine 'vllm': expected vLLM in this environment, found none that imports ({e}). On a GPU machine: "
@@ -89,29 +93,35 @@ class VLLMSampler:
             ) from None
         from transformers import AutoConfig
 
-        text = AutoConfig.from_pretrained(
-            str(self.folder), local_files_only=True, trust_remote_code=False
-        ).get_text_config()
+        text = AutoConfig.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False).get_text_config()
         context = getattr(text, "max_position_embeddings", None) or tokens
         length = self.config.max_model_len or min(tokens, context)
         options: dict[str, Any] = {}
-        whole_prefill = self.seeded and current_platform.is_cpu()
+        if platform.is_cpu():  # else it wants gpu_memory_utilization of all memory to be free; VLLM_CPU_KVCACHE_SPACE wins
+            options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+        whole_prefill = self.seeded and platform.is_cpu()
         if whole_prefill:
-            options = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(BATCHED_TOKENS, length)}
-        self._note = json.dumps({"vllm": vllm.__version__, "chunked_prefill": not whole_prefill}, sort_keys=True)
-        return vllm.LLM(
-            model=str(self.folder),
-            skip_tokenizer_init=True,
-            trust_remote_code=False,
-            generation_config="vllm",
-            logprobs_mode="processed_logprobs",
-            dtype=self.policy.dtype,
-            max_model_len=length,
-            tensor_parallel_size=self.config.tensor_parallel_size,
-            gpu_memory_utilization=self.config.gpu_memory_utilization,
-            enforce_eager=self.config.enforce_eager,
-            **options,
-        )
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(BATCHED_TOKENS, length)}
+        self._note = json.dumps({"vllm": self._vllm.__version__, "chunked_prefill": not whole_prefill}, sort_keys=True)
+        try:
+            return self._vllm.LLM(
+                model=str(self.folder),
+                skip_tokenizer_init=True,
+                trust_remote_code=False,
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+                dtype=self.policy.dtype,
+                max_model_len=length,
+                tensor_parallel_size=self.config.tensor_parallel_size,
+                gpu_memory_utilization=self.config.gpu_memory_utilization,
+                enforce_eager=self.config.enforce_eager,
+                **options,
+            )
+        except (RuntimeError, ValueError) as e:
+            raise WorkError(
+                f"{self.folder}: vLLM's engine did not start: {e}. Its own lines above name the cause; often memory: lower "
+                "rollouts.engine.gpu_memory_utilization or max_model_len, or set rollouts.engine.type = 'hf'"
+            ) from e
 
     def _probe(self, llm: Any, asks: list[Ask], limit: int) -> None:
         """WorkError if the engine's log-probs of what it samples are not the reference's."""
@@ -138,9 +148,7 @@ class VLLMSampler:
                     )
 
     def _params(self, tokens: int, seed: int, top_p: float) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
+        return self._vllm.SamplingParams(
             n=1,
             temperature=self.sampling.temperature,
             top_p=top_p,

@@ -150,11 +150,12 @@ def _trl(loaded: Loaded, item: Item) -> Any:
 
 
 def _verl(loaded: Loaded, item: Item) -> Any:
+    row = item.metadata or {}
     columns = {
-        "data_source": item.source,
+        "data_source": row.get("data_source", item.source),
         "solution_str": item.text,
         "ground_truth": item.answer,
-        "extra_info": item.metadata or {},
+        "extra_info": row.get("extra_info", row),
     }
     value = loaded.call(**_taken(loaded, columns))
     if isinstance(value, dict):

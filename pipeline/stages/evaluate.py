@@ -15,7 +15,7 @@ from pipeline.engines.base import Sampling
 from pipeline.stage import Outcome, Spec, current, make_table, nothing
 from pipeline.stages import score
 from pipeline.stages.generate import asks, prompt_rows, sample_policy, sampling_config
-from pipeline.statistics import estimate, pass_at_k
+from pipeline.statistics import eval_metrics
 from pipeline.store import read_parts
 from schemas.errors import UserError
 from schemas.recipe import Suite
@@ -72,24 +72,17 @@ def _estimate(ctx: Context, suite: Suite, round: int, step: int) -> Outcome:
     samples = read_parts(ctx.part("eval_rollouts", **keys).files(), "eval_rollouts", ["rollout_id", "sample", "policy"])
     counted = {r["rollout_id"] for r in samples.to_pylist() if r["sample"] < suite.n}
     verdicts: dict[str, list[bool]] = defaultdict(list)
-    for r in read_parts(ctx.part("scores", kind="eval", **keys).files(), "scores", ["id", "prompt_id", "correct"]).to_pylist():
+    for r in read_parts(
+        ctx.part("scores", kind="eval", **keys).files(), "scores", ["id", "prompt_id", "correct"]
+    ).to_pylist():
         if r["id"] in counted and r["prompt_id"] in asked:
             verdicts[r["prompt_id"]].append(r["correct"])
-    numbers = {f"avg@{suite.n}": [sum(v) / len(v) for v in verdicts.values()]}
-    for k in suite.pass_k:
-        numbers[f"pass@{k}"] = [pass_at_k(len(v), sum(v), k) for v in verdicts.values()]
-    rows = []
-    for metric, values in numbers.items():
-        e = estimate(values)
-        rows.append(
-            {
-                **keys, "metric": metric, "value": e.value, "ci_low": e.ci_low, "ci_high": e.ci_high,
-                "problems": e.problems, "policy": ctx.checkpoint(round, step)[1],
-            }
-        )  # fmt: skip
-    facts = {r["metric"]: [round_(r["value"]), round_(r["ci_low"]), round_(r["ci_high"])] for r in rows}
+    rows = [
+        {
+            **keys, "metric": metric, "value": e.value, "ci_low": e.ci_low, "ci_high": e.ci_high,
+            "problems": e.problems, "policy": ctx.checkpoint(round, step)[1],
+        }
+        for metric, e in eval_metrics(list(verdicts.values()), suite.pass_k).items()
+    ]  # fmt: skip
+    facts = {r["metric"]: [float(f"{r[n]:.4f}") for n in ("value", "ci_low", "ci_high")] for r in rows}
     return make_table(it, pa.Table.from_pylist(rows, schema=ARROW["evals"]), facts=facts, started=started)
-
-
-def round_(x: float) -> float:
-    return float(f"{x:.4f}")

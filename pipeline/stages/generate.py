@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.context import Context
 from pipeline.engines.base import Ask, Engine, Failure, Sample, Sampling
 from pipeline.progress import progress
-from pipeline.stage import Outcome, Spec, begin, current, finish, finished, need, nothing, parts_of
+from pipeline.stage import Outcome, Spec, begin, current, finish, finished, need, nothing, parts_of, restore
 from pipeline.store import Partition, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.ids import row_id, seed_from
@@ -112,7 +112,7 @@ def rollout_spec(ctx: Context, round: int) -> Spec:
     return Spec("rollouts", ctx.part("rollouts", round=round), config, {}, ctx.recipe.seed, expensive=True)
 
 
-def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: Callable | None = None) -> Outcome:
+def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: Reference | None = None) -> Outcome:
     """k rollouts of the round's policy for each of the round's prompts."""
     r = ctx.recipe.rollouts
     rows = round_prompts(ctx, round)
@@ -133,7 +133,7 @@ def sample_policy(
     keys: dict[str, Any],
     *,
     regenerate: bool = False,
-    reference: Callable | None = None,
+    reference: Reference | None = None,
 ) -> Outcome:
     """Rollouts of one policy into one partition; training and evaluation both come through here."""
     from dataclasses import replace
@@ -150,6 +150,7 @@ def sample_policy(
         if engine_config.type == "vllm":
             from pipeline.engines.vllm import VLLMSampler
 
+            assert reference is not None, "the command passes the trainer's forward to a vllm engine"
             return VLLMSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer, reference=reference)
         from pipeline.engines.hf import HFSampler
 
@@ -184,33 +185,32 @@ def _generate(
     started = time.monotonic()
     if not work:
         raise UserError(f"{it.partition.label}: there is no prompt to generate for")
+    wanted = [(a.prompt_id, s) for a in work for s in a.samples]
+    restore(it)
+    if current(it) and not it.partition.loose(it.fingerprint) and finished(it, ("prompt_id", "sample")) >= set(wanted):
+        return nothing(it)
+    engine = make_engine()  # a bad setting of the engine is told before anything is moved
     begin(it, regenerate=regenerate)
     done = frozenset(finished(it, ("prompt_id", "sample")))
-    wanted = [(a.prompt_id, s) for a in work for s in a.samples]
-    todo = [w for w in wanted if w not in done]
-    if not todo and current(it) and not it.partition.loose(it.fingerprint):
-        return nothing(it)
+    left = sum(w not in done for w in wanted)
     failures: list[Failure] = []
-    if todo:
-        engine = make_engine()
-        with progress(it.partition.label, len(wanted), len(wanted) - len(todo)) as bar:
-            try:
-                tokens = 0
-                for batch in engine.run(work, done):
-                    failures += [s for s in batch if isinstance(s, Failure)]
-                    samples = [s for s in batch if isinstance(s, Sample)]
-                    if samples:
-                        _write(it.partition, it.fingerprint, [row(s) for s in samples])
-                    tokens += sum(len(s.tokens or ()) for s in samples)
-                    rate = f"{tokens / (time.monotonic() - started):,.0f} tok/s" if tokens else ""
-                    bar.advance(len(batch), rate)
-            except KeyboardInterrupt:
-                raise
+    if left:
+        with progress(it.partition.label, len(wanted), len(wanted) - left) as bar:
+            tokens = 0
+            for batch in engine.run(work, done):
+                failures += [s for s in batch if isinstance(s, Failure)]
+                samples = [s for s in batch if isinstance(s, Sample)]
+                if samples:
+                    _write(it.partition, it.fingerprint, [row(s) for s in samples])
+                tokens += sum(len(s.tokens or ()) for s in samples)
+                rate = f"{tokens / (time.monotonic() - started):,.0f} tok/s" if tokens else ""
+                bar.advance(len(batch), rate)
         _judge_failures(it, failures, len(wanted), max_failed)
     if not parts_of(it):
         raise WorkError(f"{it.partition.label}: the engine produced no row at all for {len(wanted)} samples")
-    outcome = finish(it, failed=len(failures), started=started)
-    if outcome.added == 0 and outcome.failed == 0 and outcome.action == "added":
+    note = getattr(engine, "note", "")
+    outcome = finish(it, failed=len(failures), facts={"note": note} if note else {}, started=started)
+    if outcome.action == "added" and outcome.added == 0 and not failures:
         return nothing(it)
     return outcome
 
@@ -226,14 +226,4 @@ def _judge_failures(it: Spec, failures: list[Failure], wanted: int, max_failed: 
             f"{it.partition.label}: {len(failures)} of {wanted} samples failed for good (at most {max_failed:.0%} may). "
             f"First: prompt {first.prompt_id}, sample {first.sample}: {first.why}. Finished rows are kept; run the same "
             "command again to try the missing ones"
-        )
-
-
-def check_training_rows(rows: pa.Table, label: str) -> None:
-    """UserError if rollouts were sampled in a way that training cannot correct for."""
-    bad = [v for v in set(rows.column("top_p").to_pylist()) if v != 1.0]
-    if bad:
-        raise UserError(
-            f"{label}: rollouts were sampled with top_p = {bad[0]}; training needs top_p = 1 (truncated sampling has "
-            "another support). Generate them again with top_p = 1"
         )

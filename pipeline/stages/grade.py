@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.context import Context
 from pipeline.policy import Renderer
-from pipeline.stage import Outcome, Spec, current, make_table, need, nothing
+from pipeline.stage import Outcome, Spec, counts, current, make_table, need, nothing, restore
 from pipeline.store import ask, open_views, sql
 from schemas.errors import UserError
 from schemas.ids import digest
@@ -85,17 +86,24 @@ def run(ctx: Context, round: int) -> list[Outcome]:
     for table, keys in _inputs(ctx, round):
         need(ctx.run, table, keys, command=f"dypo score {ctx.run} --round {round}")
     it = grade_spec(ctx, round)
+    restore(it)
     if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):
         return [nothing(it), *(nothing(r) for r in _route_specs(ctx, round, it))]
     traces = _fitting_traces(ctx, round)
     graded = nothing(it) if current(it) else _grade(ctx, round, it, _connection(ctx, traces))
-    return [graded, *_route(ctx, round, _route_specs(ctx, round, it), _connection(ctx, traces))]
+    routes = _route_specs(ctx, round, it)
+    if all(current(r) for r in routes):
+        return [graded, *(nothing(r) for r in routes)]
+    return [graded, *_route(ctx, round, routes, _connection(ctx, traces))]
 
 
 def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
     grades = graded.partition.manifest()
     assert grades is not None
-    return [route_spec(ctx, round, route, grades.identity) for route in ("rl", "sft")]
+    specs = [route_spec(ctx, round, route, grades.identity) for route in ("rl", "sft")]
+    for it in specs:
+        restore(it)
+    return specs
 
 
 def _connection(ctx: Context, traces: pa.Table) -> "duckdb.DuckDBPyConnection":
@@ -123,7 +131,10 @@ def _fitting_traces(ctx: Context, round: int) -> pa.Table:
         tokens = renderer.trace_tokens(r["prompt_tokens"], r["text"])
         rows.append(
             {
-                **{k: r[k] for k in ("trace_id", "prompt_id", "teacher", "sample", "prompt_tokens", "finish_reason", "reward")},
+                **{
+                    k: r[k]
+                    for k in ("trace_id", "prompt_id", "teacher", "sample", "prompt_tokens", "finish_reason", "reward")
+                },
                 "tokens": tokens,
                 "n_tokens": len(r["prompt_tokens"]) + len(tokens),
             }
@@ -161,7 +172,7 @@ def _grade(ctx: Context, round: int, it: Spec, con: "duckdb.DuckDBPyConnection")
         round=round, k=ctx.recipe.rollouts.k, hard_max_successes=g.hard_max_successes,
         easy_max_failures=g.easy_max_failures, max_tokens=g.max_tokens, unjudged_to_routes=g.unjudged_to_routes,
     )  # fmt: skip
-    return make_table(it, rows, facts={"grades": _counts(rows, "grade"), "reasons": _counts(rows, "reason")}, started=started)
+    return make_table(it, rows, facts={"grades": counts(rows, "grade"), "reasons": counts(rows, "reason")}, started=started)
 
 
 def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyConnection") -> list[Outcome]:
@@ -183,7 +194,7 @@ def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyCon
     outcomes = []
     for it in specs:
         route = dict(it.partition.keys)["route"]
-        mine = rows.filter(pa.compute.equal(rows.column("route"), route))
+        mine = rows.filter(pc.field("route") == route)
         prompts = len(set(mine.column("prompt_id").to_pylist()))
         tokens = sum(len(t) for t in mine.column("tokens").to_pylist())
         outcomes.append(make_table(it, mine, facts={"prompts": prompts, "response_tokens": tokens}, started=started))
@@ -198,7 +209,9 @@ def _select(con: "duckdb.DuckDBPyConnection", text: str, table: str, name: str, 
     try:
         got = ask(con, text, **used)
     except duckdb.Error as e:
-        raise UserError(f"{name}: DuckDB refused the query: {e}. It may use the parameters {', '.join(parameters)}") from None
+        raise UserError(
+            f"{name}: DuckDB refused the query: {e}. It may use the parameters {', '.join(parameters)}"
+        ) from None
     want = ARROW[table]
     missing = [n for n in want.names if n not in got.column_names]
     if missing:
@@ -207,9 +220,3 @@ def _select(con: "duckdb.DuckDBPyConnection", text: str, table: str, name: str, 
         return got.select(want.names).cast(want)
     except (pa.ArrowInvalid, ValueError, pa.ArrowNotImplementedError) as e:
         raise UserError(f"{name}: the result does not fit table {table}: {e}") from None
-
-
-def _counts(rows: pa.Table, column: str) -> dict[str, int]:
-    from collections import Counter
-
-    return dict(sorted(Counter(rows.column(column).to_pylist()).items()))

@@ -12,7 +12,7 @@ from pipeline.progress import progress
 from pipeline.scorers import Item, VerdictPool
 from pipeline.scorers import version as scorer_version
 from pipeline.scorers.user import source_hash
-from pipeline.stage import Outcome, Spec, begin, current, finish, finished, need, nothing
+from pipeline.stage import Outcome, Spec, begin, counts, current, finish, finished, need, nothing, parts_of
 from pipeline.store import Partition, partitions, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.scorers import ScorerConfig, UserScorer
@@ -123,14 +123,9 @@ def _item(id: str, row: dict[str, Any], prompt: dict[str, Any]) -> Item:
 
 
 def _finish(it: Spec, started: float) -> Outcome:
-    from collections import Counter
-
-    from pipeline.stage import parts_of
-
-    statuses = read_parts(parts_of(it), "scores", ["status"]).column("status").to_pylist()
-    counts = dict(sorted(Counter(statuses).items()))
-    failed = counts.get("timeout", 0) + counts.get("error", 0)
-    return finish(it, facts={"statuses": counts}, failed=failed, started=started)
+    statuses = counts(read_parts(parts_of(it), "scores", ["status"]), "status")
+    failed = statuses.get("timeout", 0) + statuses.get("error", 0)
+    return finish(it, facts={"statuses": statuses}, failed=failed, started=started)
 
 
 def _refuse_a_broken_verifier(ctx: Context, outcome: Outcome) -> None:
@@ -139,6 +134,6 @@ def _refuse_a_broken_verifier(ctx: Context, outcome: Outcome) -> None:
     if outcome.rows and outcome.failed > allowed * outcome.rows:
         raise WorkError(
             f"{outcome.partition}: {outcome.failed} of {outcome.rows} verdicts are timeout or error (score.max_failed = "
-            f"{allowed}). See `dypo sql {ctx.run} \"select status, detail, count(*) from scores group by all\"`; mend the "
+            f'{allowed}). See `dypo sql {ctx.run} "select status, detail, count(*) from scores group by all"`; mend the '
             "verifier or raise score.timeout_s, and score again"
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.context import Context
 from pipeline.policy import policy_id
@@ -46,7 +47,9 @@ class Trainer(Protocol):
 
     def train_round(self, **job: Any) -> Any: ...
 
-    def reference_logprobs(self, model: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int) -> Iterator[pa.Table]: ...
+    def reference_logprobs(
+        self, model: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int
+    ) -> Iterator[pa.Table]: ...
 
 
 def spec(ctx: Context, round: int) -> Spec:
@@ -93,7 +96,11 @@ def run(ctx: Context, round: int, trainer: Any, *, regenerate: bool = False) -> 
     if current(it):
         end = it.partition.manifest()
         assert end is not None
-        return [Outcome("train", it.partition.label, "nothing", f"same fingerprint {it.fingerprint[:12]}", end.rows, facts=end.facts)]
+        return [
+            Outcome(
+                "train", it.partition.label, "nothing", f"same fingerprint {it.fingerprint[:12]}", end.rows, facts=end.facts
+            )
+        ]
     _make_room(ctx, it, round, regenerate)
     ref = None
     if ctx.recipe.train.method.needs_reference:
@@ -158,7 +165,7 @@ def _reference(ctx: Context, round: int, shards: pa.Table, trainer: Any) -> Outc
     it = logprob_spec(ctx, round)
     begin(it)
     done = {i for (i,) in finished(it, ("item_id",))}
-    rl = shards.filter(pa.compute.equal(shards.column("route"), "rl"))
+    rl = shards.filter(pc.field("route") == "rl")
     todo = rl.filter(pa.array([i not in done for i in rl.column("item_id").to_pylist()], pa.bool_()))
     if todo.num_rows == 0 and current(it) and not it.partition.loose(it.fingerprint):
         return nothing(it)
@@ -182,7 +189,10 @@ def _reference(ctx: Context, round: int, shards: pa.Table, trainer: Any) -> Outc
 def _as_rows(ctx: Context, round: int, batches: list[pa.Table]) -> pa.Table:
     table = pa.concat_tables(batches)
     constant = {"round": round, "role": "ref", "model": ctx.base_policy}
-    columns = {n: table.column(n) if n in table.column_names else pa.array([constant[n]] * table.num_rows) for n in ARROW["logprobs"].names}
+    columns = {
+        n: table.column(n) if n in table.column_names else pa.array([constant[n]] * table.num_rows)
+        for n in ARROW["logprobs"].names
+    }
     return pa.table(columns)
 
 
@@ -231,7 +241,7 @@ class RunSink:
         it.partition.remove_temporary()
         for path in it.partition.loose(it.fingerprint):
             rows = read_parts([path], table)
-            keep = rows.filter(pa.compute.less(rows.column("step"), step))
+            keep = rows.filter(pc.field("step") < step)
             if keep.num_rows == 0:
                 path.unlink()
             elif keep.num_rows < rows.num_rows:
@@ -276,4 +286,3 @@ class RunSink:
 
     def progress(self, done: int, total: int, note: str) -> None:
         self.bar.to(done, note)
-

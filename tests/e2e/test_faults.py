@@ -161,7 +161,17 @@ def test_a_hung_verifier_costs_its_verdict_and_routes_its_group_nowhere(a_copy: 
 
 def test_a_verifier_that_fails_too_often_stops_the_stage_and_keeps_the_rows(a_copy: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.py"
-    mine.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    raise ValueError('no')\n")
-    told = refused("score", a_copy, "--round", 0, "--set", f"score.verifiers.sum={{type='user', function='{mine}:compute_score'}}", code=1)
+    mine.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    raise ValueError('no')\n"
+    )
+    told = refused(
+        "score",
+        a_copy,
+        "--round",
+        0,
+        "--set",
+        f"score.verifiers.sum={{type='user', function='{mine}:compute_score'}}",
+        code=1,
+    )
     assert "verdicts are timeout or error" in told
     assert set(table(a_copy, "scores").filter(table(a_copy, "scores")["round"] == 0)["status"]) == {"error"}

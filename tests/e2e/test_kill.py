@@ -36,4 +36,4 @@ def test_a_killed_stage_ends_in_the_same_rows(stage: str, undisturbed: Path, a_c
                 path = Path("checkpoints/round=1") / f"step={step}" / file
                 if (undisturbed / path).exists():
                     assert (a_copy / path).read_bytes() == (undisturbed / path).read_bytes(), path
-    assert not [p for p in a_copy.rglob(".*.tmp")]
+    assert not list(a_copy.rglob(".*.tmp"))

@@ -48,7 +48,11 @@ def test_grades_agree_with_a_count_by_hand(undisturbed: Path) -> None:
 def test_every_graded_prompt_is_in_a_shard_or_has_a_reason_why_not(undisturbed: Path) -> None:
     shards = table(undisturbed, "shards")
     for row in table(undisturbed, "grades").to_dicts():
-        routes = shards.filter((pl.col("round") == row["round"]) & (pl.col("prompt_id") == row["prompt_id"]))["route"].unique().to_list()
+        routes = (
+            shards.filter((pl.col("round") == row["round"]) & (pl.col("prompt_id") == row["prompt_id"]))["route"]
+            .unique()
+            .to_list()
+        )
         assert routes == ([row["reason"]] if row["reason"] in ("sft", "rl") else [])
 
 
@@ -109,7 +113,9 @@ def test_a_changed_threshold_regrades_with_no_generation_and_going_back_restores
     states = {p["partition"]: p["state"] for p in map(json.loads, dypo("status", a_copy, "--json").stdout.splitlines())}
     assert states["rollouts/round=0"] == "done"
     assert states["checkpoints/round=0"] == "stale"
-    assert {o["action"] for o in outcomes("grade", a_copy, "--round", 0, "--set", "grade.easy_max_failures=0")} == {"nothing"}
+    assert {o["action"] for o in outcomes("grade", a_copy, "--round", 0, "--set", "grade.easy_max_failures=0")} == {
+        "nothing"
+    }
     assert table(a_copy, "grades").equals(first)
 
 
@@ -180,7 +186,8 @@ def test_sql_prints_rows_and_json(undisturbed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["copy (select 1) to 'x.parquet'", "select 1; drop view grades", "attach 'x'", "explain analyze select 1", "selct"]
+    "text",
+    ["copy (select 1) to 'x.parquet'", "select 1; drop view grades", "attach 'x'", "explain analyze select 1", "selct"],
 )
 def test_sql_takes_one_select_and_nothing_else(undisturbed: Path, text: str) -> None:
     got = dypo("sql", undisturbed, text, check=False)

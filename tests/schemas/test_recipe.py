@@ -18,13 +18,21 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("prompts_per_round = 40", "prompts_per_rond = 40", "rollouts.prompts_per_rond: unknown key; did you mean 'prompts_per_round'?"),
+        (
+            "prompts_per_round = 40",
+            "prompts_per_rond = 40",
+            "rollouts.prompts_per_rond: unknown key; did you mean 'prompts_per_round'?",
+        ),
         ("lr = 1e-3", "lr = 1e-3, alhpa = 0.5", "train.method.alhpa: unknown key; did you mean 'alpha'?"),
         ("k = 4", "k = 1", "rollouts.k: a group needs at least 2 rollouts"),
         ("k = 4", "k = 4\ntop_p = 0.9", "rollouts.top_p: training rollouts need top_p = 1, found 0.9"),
         ('type = "dypo", ', "", "train.method: needs a `type` (dypo)"),
         ('name = "noisy"', 'name = "left"', "teachers: the name 'left' is given twice"),
-        ('verifier = "sum"\nlimit = 60', 'verifier = "sun"\nlimit = 60', "verifier 'sun' is not among score.verifiers (sum)"),
+        (
+            'verifier = "sum"\nlimit = 60',
+            'verifier = "sun"\nlimit = 60',
+            "verifier 'sun' is not among score.verifiers (sum)",
+        ),
         ('sources = ["fresh"]', 'sources = ["stale"]', "no source is named 'stale'"),
         ("pass_k = [1, 2]", "pass_k = [1, 4]", "pass@4 needs n >= that, found n = 2"),
         ("[train]", "[grade]\nhard_max_successes = 2\neasy_max_failures = 2\n[train]", "must be below rollouts.k = 4"),

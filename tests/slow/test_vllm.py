@@ -1,8 +1,9 @@
 """vLLM's CPU build as an engine, against an independent forward. Runs in the second environment (`make venv-vllm`).
 
-The engine takes up to minutes to start, so one work list is sampled twice and everything is read from those rows.
+An engine takes up to minutes to start, so one work list is sampled once and the tests read its rows.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,7 @@ SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_tokens=24)
 
 
 class Run(NamedTuple):
-    first: list[Sample]
-    again: list[Sample]
+    rows: list[Sample]  # of `asks`, and of a twin of p1 with the same seed and half of its samples finished already
     asks: list[Ask]
     hf: list[Sample]
     probed: float
@@ -72,23 +72,22 @@ def run(folder: Path) -> Run:
         return reference(prompt, tokens, temperature * 1.5)
 
     renderer = Renderer(folder)
-    policy = Policy(model=folder, device="cpu")
-    config = VLLMEngine(type="vllm", enforce_eager=True, max_logprob_difference=1e-3)
+    policy = Policy.model_validate({"model": folder, "device": "cpu"})
+    config = VLLMEngine.model_validate({"type": "vllm", "enforce_eager": True, "max_logprob_difference": 1e-3})
     texts = ["8+46", "1+2+3", "9", "77+15+20"]
     asks = [
         Ask(f"p{n}", [], tuple(range(6)), 100 + n, "", {}, renderer.prompt_tokens([{"role": "user", "content": text}]))
         for n, text in enumerate(texts)
     ]
     engine = VLLMSampler(folder, policy, config, SAMPLING, renderer, reference)
-    first = _rows(engine.run(asks, frozenset()))
-    done = frozenset((row.prompt_id, row.sample) for row in first if row.sample % 2)
-    again = _rows(engine.run(asks, done))
+    twin = replace(asks[1], prompt_id="twin")
+    rows = _rows(engine.run([*asks, twin], frozenset(("twin", sample) for sample in (0, 1, 3))))
     wrong = VLLMSampler(folder, policy, config, SAMPLING, renderer, at_another_temperature)
     with pytest.raises(WorkError) as refusal:
         list(wrong.run(asks, frozenset()))
-    hf = _rows(HFSampler(folder, policy, HFEngine(), SAMPLING, renderer).run(asks, frozenset()))
+    hf = _rows(HFSampler(folder, policy, HFEngine.model_validate({}), SAMPLING, renderer).run(asks, frozenset()))
     assert engine.probed is not None
-    return Run(first, again, asks, hf, engine.probed, str(refusal.value))
+    return Run(rows, asks, hf, engine.probed, str(refusal.value))
 
 
 def _rows(lists: Any) -> list[Sample]:
@@ -98,8 +97,8 @@ def _rows(lists: Any) -> list[Sample]:
 
 
 def test_rows_have_the_shape_of_hf_rows(run: Run) -> None:
-    assert [(r.prompt_id, r.sample) for r in run.first] == [(r.prompt_id, r.sample) for r in run.hf]
-    for row in run.first:
+    assert [(r.prompt_id, r.sample) for r in run.rows if r.prompt_id != "twin"] == [(r.prompt_id, r.sample) for r in run.hf]
+    for row in run.rows:
         assert row.tokens is not None
         assert row.logprobs is not None
         assert len(row.tokens) == len(row.logprobs) <= SAMPLING.max_tokens
@@ -107,12 +106,12 @@ def test_rows_have_the_shape_of_hf_rows(run: Run) -> None:
         assert 2 not in row.tokens[:-1]
         assert row.finish_reason == "stop" or len(row.tokens) == SAMPLING.max_tokens
         assert "." not in row.text
-    assert {r.finish_reason for r in run.first} <= {"stop", "length"}
+    assert {r.finish_reason for r in run.rows} <= {"stop", "length"}
 
 
 def test_samples_of_a_group_differ(run: Run) -> None:
     for ask in run.asks:
-        assert len({tuple(r.tokens or ()) for r in run.first if r.prompt_id == ask.prompt_id}) > 1
+        assert len({tuple(r.tokens or ()) for r in run.rows if r.prompt_id == ask.prompt_id}) > 1
 
 
 def test_log_probs_are_at_the_sampling_temperature_over_the_whole_vocabulary(run: Run, folder: Path) -> None:
@@ -120,9 +119,9 @@ def test_log_probs_are_at_the_sampling_temperature_over_the_whole_vocabulary(run
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    prompts = {ask.prompt_id: ask.prompt_tokens or [] for ask in run.asks}
+    prompts = {ask.prompt_id: ask.prompt_tokens or [] for ask in [*run.asks, replace(run.asks[1], prompt_id="twin")]}
     worst = 0.0
-    for row in run.first:
+    for row in run.rows:
         prompt, tokens = prompts[row.prompt_id], row.tokens or []
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
@@ -133,8 +132,9 @@ def test_log_probs_are_at_the_sampling_temperature_over_the_whole_vocabulary(run
 
 
 def test_the_same_seed_gives_the_same_ids_and_only_what_is_missing_is_sampled(run: Run) -> None:
-    missing = [r for r in run.first if r.sample % 2 == 0]
-    assert [(r.prompt_id, r.sample, r.tokens) for r in run.again] == [(r.prompt_id, r.sample, r.tokens) for r in missing]
+    twin = [(r.sample, r.tokens) for r in run.rows if r.prompt_id == "twin"]
+    assert [sample for sample, _ in twin] == [2, 4, 5]
+    assert twin == [(r.sample, r.tokens) for r in run.rows if r.prompt_id == "p1" and r.sample in (2, 4, 5)]
 
 
 def test_a_wrong_reference_is_refused_before_sampling(run: Run) -> None:

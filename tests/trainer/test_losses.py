@@ -43,7 +43,13 @@ def test_advantages_equal_a_loop(rewards: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "rewards",
-    [torch.tensor([True, True]), torch.tensor([0, 0, 0]), torch.tensor([0.1, 0.1, 0.1]), torch.tensor([1.0]), torch.tensor([])],
+    [
+        torch.tensor([True, True]),
+        torch.tensor([0, 0, 0]),
+        torch.tensor([0.1, 0.1, 0.1]),
+        torch.tensor([1.0]),
+        torch.tensor([]),
+    ],
 )
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_a_group_without_contrast_has_exactly_zero_advantages(rewards: torch.Tensor, scale: str) -> None:

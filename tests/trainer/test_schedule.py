@@ -88,7 +88,9 @@ def test_queues_are_first_in_first_out_and_lose_or_double_nothing(per_step: int,
     shards = make_shards(hard=5, mid=4, traces=1, teachers=1)
     settings_ = {"steps": 25, "prompts_per_step": per_step}
     drawn = plan_round(shards, make_train(**settings_), seed=seed, round=0)
-    queued = plan_round(shards, make_train(QUEUE | {"queue_size": size, "queue_groups": groups}, **settings_), seed=seed, round=0)
+    queued = plan_round(
+        shards, make_train(QUEUE | {"queue_size": size, "queue_groups": groups}, **settings_), seed=seed, round=0
+    )
     for route, optimizer in (("sft", "sft"), ("rl", "main")):
         into = [v for s in drawn for v in s.updates[0].visits if v.route == route]
         leaves = []  # in the order of leaving: dropped first, then trained

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,22 @@ def tiny_llama() -> LlamaForCausalLM:
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config).eval()
+
+
+class ExactLM(torch.nn.Module):
+    """A causal model that is float64 throughout. transformers' Llama computes its norms and rotary angles in float32
+    whatever its weights are, so with it two float64 gradients agree to 1e-6 and no better."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(VOCAB, 16, dtype=torch.float64)
+        self.mix = torch.nn.Linear(16, 16, dtype=torch.float64)
+        self.head = torch.nn.Linear(16, VOCAB, dtype=torch.float64)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
+        seen_BLH = torch.tanh(self.mix(self.embedding(input_ids))).cumsum(1)
+        return SimpleNamespace(logits=self.head(torch.sin(seen_BLH)))
 
 
 def shard_row(

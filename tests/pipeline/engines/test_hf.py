@@ -1,6 +1,7 @@
 """The embedded engine against the dumbest loops: one row, no cache, no padding, no batch."""
 
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ def save(path: Path, **changes: Any) -> Path:
         "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS,
     }  # fmt: skip
     settings.update(changes)
-    make, config = (MistralForCausalLM, MistralConfig) if "sliding_window" in settings else (LlamaForCausalLM, LlamaConfig)
-    make(config(**settings)).save_pretrained(path)
+    if "sliding_window" in settings:
+        MistralForCausalLM(MistralConfig(**settings)).save_pretrained(path)
+    else:
+        LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(path)
     inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(CHARS)}, unk_token="_"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     inner.decoder = decoders.Fuse()
@@ -48,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sampler(folder: Path, sampling: Sampling, size: int = 64) -> HFSampler:
-    policy = Policy(model=folder, device="cpu")
+    policy = Policy.model_validate({"model": folder, "device": "cpu"})
     return HFSampler(folder, policy, HFEngine(batch_sequences=size), sampling, Renderer(folder))
 
 
@@ -67,16 +70,22 @@ def rows(lists: Any) -> dict[tuple[str, int], Sample]:
     return out
 
 
+@lru_cache(maxsize=4)
+def load(folder: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    return model.eval()
+
+
 def forward(folder: Path, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     """Logits [tokens, vocabulary] of one row, without cache or padding."""
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    model = load(folder)
     with torch.inference_mode():
         return model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
 
 
 def dumb(folder: Path, ask: Ask, sample: int, sampling: Sampling) -> list[int]:
     """The sampler's specification: one token at a time, everything computed again, sums in a Python loop."""
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    model = load(folder)
     noise = np.random.Generator(np.random.Philox(key=[ask.seed, sample]))
     prompt, tokens = ask.prompt_tokens or [], []
     while len(tokens) < sampling.max_tokens and (not tokens or tokens[-1] != EOS):
@@ -94,11 +103,10 @@ def dumb(folder: Path, ask: Ask, sample: int, sampling: Sampling) -> list[int]:
                     kept.add(int(token))
                 total += p[token]
             p = np.array([q if token in kept else 0.0 for token, q in enumerate(p)])
-        u, total = noise.random() * p.sum(), 0.0
-        for token, q in enumerate(p):
-            total += q
-            if u < total:
-                break
+        u, total, token = noise.random() * p.sum(), 0.0, -1
+        while total <= u:
+            token += 1
+            total += p[token]
         tokens.append(token)
     return tokens
 
@@ -247,8 +255,8 @@ def test_a_sliding_window_model_with_unequal_prompts(tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_honoured(folder: Path) -> None:
-    policy = Policy(model=folder, device="cpu", dtype="bfloat16")
-    engine = HFSampler(folder, policy, HFEngine(), Sampling(1.0, 1.0, 8), Renderer(folder))
+    policy = Policy.model_validate({"model": folder, "device": "cpu", "dtype": "bfloat16"})
+    engine = HFSampler(folder, policy, HFEngine.model_validate({}), Sampling(1.0, 1.0, 8), Renderer(folder))
     got = rows(engine.run(make_asks(folder, k=2), frozenset()))
     assert engine._loaded.dtype == torch.bfloat16
     assert all(np.isfinite(row.logprobs or [np.nan]).all() for row in got.values())
@@ -262,6 +270,6 @@ def test_broken_weights_and_a_missing_device_are_refused(tmp_path: Path) -> None
     with pytest.raises(WorkError, match=r"broken.*finite logits"):
         list(sampler(broken, Sampling(1.0, 1.0, 4)).run(make_asks(broken), frozenset()))
     if not torch.cuda.is_available():
-        policy = Policy(model=broken, device="cuda")
+        policy = Policy.model_validate({"model": broken, "device": "cuda"})
         with pytest.raises(UserError, match=r"policy\.device = 'cuda'"):
-            HFSampler(broken, policy, HFEngine(), Sampling(1.0, 1.0, 4), Renderer(broken))
+            HFSampler(broken, policy, HFEngine.model_validate({}), Sampling(1.0, 1.0, 4), Renderer(broken))

@@ -1,0 +1,127 @@
+"""Log-probs: padded and batched equals one by one with full logits; the reference role; temperature by row."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from schemas.errors import UserError
+from schemas.recipe import Policy
+from tests.trainer.tiny import VOCAB, make_shards
+from trainer import forward
+from trainer.batch import sequences
+from trainer.forward import load_model, reference_logprobs, response_logps, sequence_logprobs
+from trainer.rows import Shards
+
+
+def logps_alone(model: torch.nn.Module, prompt: list[int], tokens: list[int], temperature: float) -> list[float]:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].double() / temperature
+    logps = torch.log_softmax(logits, -1)
+    return [logps[len(prompt) + t - 1, token].item() for t, token in enumerate(tokens)]
+
+
+def test_a_padded_batch_equals_one_by_one_and_sft_rows_keep_temperature_one(model: LlamaForCausalLM) -> None:
+    table = make_shards(temperature=0.7)
+    rows = Shards(table, None).rows(list(zip(table["route"].to_pylist(), table["item_id"].to_pylist(), strict=True)))
+    with torch.no_grad():
+        logps_BT, entropy_BT = response_logps(model, sequences(rows))
+    for row, logps_T, entropy_T in zip(rows, logps_BT, entropy_BT, strict=True):
+        n, temperature = len(row.tokens), 0.7 if row.route == "rl" else 1.0
+        want = logps_alone(model, row.prompt_tokens.tolist(), row.tokens.tolist(), temperature)
+        np.testing.assert_allclose(logps_T[:n], want, atol=1e-5)
+        assert logps_T[n:].abs().sum() == 0
+        assert entropy_T[n:].abs().sum() == 0
+        assert 0 < entropy_T[:n].min() <= entropy_T[:n].max() <= np.log(VOCAB)
+
+
+def test_sft_rows_ignore_a_temperature_written_in_the_shard() -> None:
+    table = make_shards(hard=1, mid=0).to_pylist()
+    (first, *_) = Shards(
+        pa.Table.from_pylist([row | {"temperature": 0.3} for row in table], make_shards().schema), None
+    ).rows([("sft", table[0]["item_id"])])
+    assert first.temperature == 1.0
+
+
+def test_entropy_is_that_of_the_distribution_at_the_row_s_temperature(model: LlamaForCausalLM) -> None:
+    table = make_shards(hard=0, mid=1, temperature=0.5)
+    (row,) = Shards(table, None).rows([("rl", table["item_id"][0].as_py())])
+    with torch.no_grad():
+        _, entropy_BT = response_logps(model, sequences([row]))
+        ids = torch.tensor([[*row.prompt_tokens.tolist(), *row.tokens.tolist()]])
+        logps = torch.log_softmax(model(input_ids=ids).logits[0].double() / 0.5, -1)
+    want = -(logps.exp() * logps).sum(-1)[len(row.prompt_tokens) - 1 : -1]
+    np.testing.assert_allclose(entropy_BT[0], want, atol=1e-5)
+
+
+def test_a_model_without_logits_to_keep_gives_the_same(model: LlamaForCausalLM) -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+            return model(input_ids=input_ids, use_cache=use_cache)
+
+    table = make_shards()
+    rows = Shards(table, None).rows([(r["route"], r["item_id"]) for r in table.to_pylist()])
+    with torch.no_grad():
+        a, b = response_logps(model, sequences(rows))[0], response_logps(Plain(), sequences(rows))[0]
+    torch.testing.assert_close(a, b)
+
+
+def test_sequence_logprobs_take_a_folder_or_a_model(policy_folder: Path, model: LlamaForCausalLM) -> None:
+    want = logps_alone(model, [4, 5], [6, 7, 1], 0.7)
+    assert sequence_logprobs(policy_folder, [4, 5], [6, 7, 1], 0.7) == pytest.approx(want, abs=1e-5)
+    assert sequence_logprobs(model, [4, 5], [6, 7, 1], 0.7) == pytest.approx(want, abs=1e-5)
+    assert sequence_logprobs(model, [4, 5], [], 0.7) == []
+    with pytest.raises(ValueError, match="prompt"):
+        sequence_logprobs(model, [], [6], 0.7)
+
+
+def test_reference_logprobs_cover_the_rl_rows_once_at_their_temperature(
+    policy_folder: Path, model: LlamaForCausalLM
+) -> None:
+    table = make_shards(temperature=0.7)
+    got = pa.concat_tables(reference_logprobs(policy_folder, table, Policy(model=policy_folder), 60)).to_pylist()
+    rl = {row["item_id"]: row for row in table.to_pylist() if row["route"] == "rl"}
+    assert sorted(r["item_id"] for r in got) == sorted(rl)
+    for r in got:
+        row = rl[r["item_id"]]
+        assert r["temperature"] == row["temperature"]
+        want = logps_alone(model, row["prompt_tokens"], row["tokens"], 0.7)
+        np.testing.assert_allclose(r["logprobs"], want, atol=1e-5)
+
+
+def test_reference_logprobs_after_an_interruption_are_bitwise_the_same(
+    policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "REFERENCE_ROWS", 8)
+    table, policy = make_shards(mid=6), Policy(model=policy_folder)
+    whole = list(reference_logprobs(policy_folder, table, policy, 60))
+    assert len(whole) == 3
+    finished = frozenset(whole[1]["item_id"].to_pylist())
+    rest = list(reference_logprobs(policy_folder, table, policy, 60, finished=finished))
+    assert rest == [whole[0], whole[2]]
+
+
+def test_the_pad_token_s_embedding_learns_like_any_other(policy_folder: Path) -> None:
+    """transformers gives the embedding a padding_idx, which silently drops that token's gradient."""
+    model = load_model(policy_folder, Policy(model=policy_folder, device="cpu"))
+    table = make_shards(hard=1, mid=0).to_pylist()[0] | {"prompt_tokens": [5, 0, 5]}
+    (row,) = Shards(pa.Table.from_pylist([table], make_shards().schema), None).rows([("sft", table["item_id"])])
+    taken: list[torch.Tensor] = []
+    embedding = model.get_submodule("model.embed_tokens")
+    embedding.register_forward_hook(lambda m, i, out: (out.retain_grad(), taken.append(out))[0])
+    logps_BT, _ = response_logps(model, sequences([row]))
+    head_only = torch.autograd.grad(logps_BT.sum(), taken[0], retain_graph=True)[0][0, 1]
+    assert head_only.abs().sum() > 0
+    model.get_submodule("lm_head").weight = torch.nn.Parameter(
+        embedding.weight.detach().clone()
+    )  # untie: the input side alone
+    response_logps(model, sequences([row]))[0].sum().backward()
+    assert embedding.weight.grad[0].abs().sum() > 0
+
+
+def test_a_missing_model_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
+        load_model(tmp_path / "nowhere", Policy(model=tmp_path))

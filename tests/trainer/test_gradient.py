@@ -1,0 +1,290 @@
+"""The gradient of a whole update: against the formula written out row by row, and blind to how it was split.
+
+ALGORITHMS section 8, tests 1 to 5, 8, 13 and 16. Everything on a tiny Llama, rows of unequal lengths.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from schemas.recipe import DypoMethod
+from tests.trainer.tiny import EOS, ExactLM, make_ref, make_shards, tiny_llama
+from trainer.batch import plan_micro_batches
+from trainer.forward import response_logps
+from trainer.objective import Unit, count, micro_batch
+from trainer.rows import Row, Shards
+from trainer.step import Observed, accumulate
+
+METHODS = {
+    "default": {},
+    "paper": {"preset": "paper"},
+    "official": {"preset": "official"},
+    "old_reference": {"gal": {"ref": "old"}},
+    "no_reference_sums": {"gal": {"ref": "none", "logp_reduction": "sum", "beta": 0.1}, "sft_reduction": "prompt"},
+    "grpo_only": {"alpha": 1.0},
+    "gal_only": {"alpha": 0.0, "gamma": 0.0},
+    "weights": {"alpha": 0.3, "gamma": 2.0, "grpo": {"clip_low": 0.1, "clip_high": 0.4}},
+}
+
+
+def method_of(name: str) -> DypoMethod:
+    return DypoMethod.model_validate(METHODS[name])
+
+
+def units_of(*, hard: int = 3, mid: int = 3, k: int = 4, seed: int = 0) -> list[Unit]:
+    """Hard rows and whole groups, with reference log-probs."""
+    table = make_shards(hard=hard, mid=mid, k=k, teachers=1, traces=1, seed=seed)
+    shards = Shards(table, make_ref(table))
+    units: dict[str, list[tuple[str, str]]] = {}
+    for row in table.to_pylist():
+        units.setdefault(row["prompt_id"], []).append((row["route"], row["item_id"]))
+    return [shards.rows(keys) for keys in units.values()]
+
+
+def gradient(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def update(
+    units: list[Unit], name: str, *, budget: int = 10_000, model: nn.Module | None = None
+) -> tuple[torch.Tensor, Observed]:
+    model = model or ExactLM()
+    seen = accumulate(model, units, count(units, len(units)), method_of(name), micro_batch_tokens=budget)
+    return gradient(model), seen
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
+    assert (a - b).norm() <= tolerance * b.norm(), f"relative difference {(a - b).norm() / b.norm():.2e}"
+
+
+# ---------------------------------------------------------------- the dumbest version
+def logps_alone(model: nn.Module, row: Row) -> torch.Tensor:
+    """One row, no padding, full logits."""
+    ids = torch.tensor([[*row.prompt_tokens.tolist(), *row.tokens.tolist()]])
+    logits = model(input_ids=ids).logits[0] / row.temperature
+    logps = torch.log_softmax(logits, -1)
+    at = len(row.prompt_tokens)
+    return torch.stack([logps[at + t - 1, row.tokens[t]] for t in range(len(row.tokens))])
+
+
+def mixture_by_hand(model: nn.Module, units: list[Unit], method: DypoMethod) -> torch.Tensor:
+    hard = [unit[0] for unit in units if unit[0].route == "sft"]
+    mid = [unit for unit in units if unit[0].route == "rl"]
+    n = len(units)
+    hard_terms = [logps_alone(model, row) for row in hard]
+    if method.sft_reduction == "token":
+        sft = sum(-x.sum() for x in hard_terms) / max(1, sum(len(x) for x in hard_terms))
+    else:
+        sft = sum(-x.mean() for x in hard_terms) / max(1, len(hard_terms))
+    grpo, gal = torch.zeros(()), torch.zeros(())
+    for unit in mid:
+        summaries = []
+        for row in unit:
+            logps = logps_alone(model, row)
+            old = torch.tensor(row.old_logps, dtype=logps.dtype)
+            ratio = (logps - old).exp() if method.grpo.ratio == "token" else (logps - old).mean().exp().expand(len(logps))
+            clipped = ratio.clamp(1 - method.grpo.clip_low, 1 + method.grpo.clip_high)
+            grpo = grpo - torch.minimum(ratio * row.advantage, clipped * row.advantage).mean() / len(unit) / len(mid)
+            ref = {"init": row.ref_logps, "old": row.old_logps, "none": None}[method.gal.ref]
+            gain = logps if ref is None else logps - torch.tensor(ref, dtype=logps.dtype)
+            summaries.append(gain.mean() if method.gal.logp_reduction == "mean" else gain.sum())
+        pairs = [(s, f) for s in range(len(unit)) for f in range(len(unit)) if unit[s].correct and not unit[f].correct]
+        for s, f in pairs:
+            d = method.gal.beta * (summaries[s] - summaries[f])
+            gal = gal + torch.log1p(torch.exp(-d)) / len(pairs) / len(mid)
+    grpo_weight, gal_weight = (method.alpha, 1 - method.alpha) if method.gal_weight is None else (1.0, method.gal_weight)
+    return len(hard) / n * method.gamma * sft + len(mid) / n * (grpo_weight * grpo + gal_weight * gal)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_mixture_equals_the_formula_written_out_row_by_row(name: str) -> None:
+    units = units_of()
+    for make, tolerance in ((ExactLM, 1e-10), (lambda: tiny_llama().double(), 1e-6)):
+        got, seen = update(units, name, budget=60, model=make())
+        model = make()
+        loss = mixture_by_hand(model, units, method_of(name))
+        loss.backward()
+        assert seen.total == pytest.approx(loss.item(), rel=tolerance)
+        assert_same(got, gradient(model), tolerance)
+
+
+# ---------------------------------------------------------------- splitting
+@given(budget=st.integers(1, 400), order=st.randoms(use_true_random=False), name=st.sampled_from(sorted(METHODS)))
+@settings(deadline=None, max_examples=12)
+def test_the_gradient_does_not_see_the_split_or_the_order(budget: int, order: object, name: str) -> None:
+    units = units_of()
+    whole, _ = update(units, name)
+    shuffled = list(units)
+    order.shuffle(shuffled)  # type: ignore[attr-defined]
+    split, _ = update(shuffled, name, budget=budget)
+    assert_same(split, whole, 1e-10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+def test_one_micro_batch_a_unit_equals_one_for_all_on_a_llama(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    units = units_of()
+    one_each, _ = update(units, name, budget=1, model=tiny_llama().to(dtype))
+    together, _ = update(units, name, model=tiny_llama().to(dtype))
+    assert_same(one_each, together, tolerance)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shares_of_an_update_add_up_to_it_when_the_counts_are_the_whole_updates(world: int) -> None:
+    units = units_of()
+    whole, _ = update(units, "default")
+    model = ExactLM()
+    for rank in range(world):
+        accumulate(model, units[rank::world], count(units, len(units)), method_of("default"), micro_batch_tokens=60)
+    assert_same(gradient(model), whole, 1e-10)
+
+
+def test_dropping_or_perturbing_any_one_of_the_micro_batches_changes_the_gradient() -> None:
+    """K >= 3, since an accumulation that keeps the first and the last looks right at K = 2 (ALGORITHMS 5.1)."""
+    units = units_of(hard=2, mid=2)
+    whole, _ = update(units, "default", budget=1)
+    assert len(plan_micro_batches(units, 1)) == 4
+    counts = count(units, len(units))
+    for dropped in range(len(units)):
+        model = ExactLM()
+        rest = [u for i, u in enumerate(units) if i != dropped]
+        accumulate(model, rest, counts, method_of("default"), micro_batch_tokens=1)
+        part = gradient(model)
+        assert (part - whole).norm() > 1e-3 * whole.norm()
+        accumulate(model, [units[dropped]], counts, method_of("default"), micro_batch_tokens=1)
+        assert_same(gradient(model), whole, 1e-10)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.integers(1, 80))
+@settings(deadline=None, max_examples=20)
+def test_micro_batches_hold_every_unit_once_and_keep_to_the_budget(sizes: list[int], budget: int) -> None:
+    pool = units_of(hard=0, mid=6, k=5) + units_of(hard=6, mid=0)
+    units = [pool[(size * 7 + i) % len(pool)] for i, size in enumerate(sizes)]
+    batches = plan_micro_batches(units, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(units)))
+    for batch in batches:
+        rows = [row for i in batch for row in units[i]]
+        slots = len(rows) * max(len(r.prompt_tokens) + len(r.tokens) - 1 for r in rows)
+        assert slots <= budget or len(batch) == 1
+
+
+# ---------------------------------------------------------------- what must not move the weights
+def test_padding_prompts_and_siblings_have_exactly_no_gradient() -> None:
+    units = units_of()
+    method = method_of("default")
+    batch = micro_batch(units, count(units, len(units)), method)
+    model = tiny_llama()
+    taken: list[torch.Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda m, i, out: (out.retain_grad(), taken.append(out))[0])
+    logps_BT, _ = response_logps(model, batch.sequences)
+    row = 1
+    logps_BT[row].sum().backward()
+    grad_BLH = taken[0].grad
+    assert grad_BLH is not None
+    length = len(batch.rows[row].prompt_tokens) + len(batch.rows[row].tokens) - 1
+    assert grad_BLH[row, :length].abs().sum(-1).min() > 0
+    grad_BLH[row, :length] = 0
+    assert grad_BLH.abs().max() == 0
+
+
+def test_prompt_tokens_are_not_targets() -> None:
+    units = units_of(hard=2, mid=0)
+    batch = micro_batch(units, count(units, 2), method_of("default"))
+    for row, targets_T, mask_T in zip(batch.rows, batch.sequences.targets_BT, batch.sequences.mask_BT, strict=True):
+        assert targets_T[mask_T].tolist() == row.tokens.tolist()
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_group_all_right_or_all_wrong_has_exactly_no_gradient(correct: bool) -> None:
+    units = [[Row(**{**vars(r), "correct": correct, "advantage": 0.0}) for r in u] for u in units_of(hard=0)]
+    grad, seen = update(units, "default")
+    assert grad.abs().max() == 0
+    assert seen.total == 0
+
+
+def test_the_last_token_of_a_trace_is_trained_on_and_it_is_the_end_of_sequence() -> None:
+    """Raising only the end-of-sequence weight of the head lowers the loss of a row whose gradient sees it."""
+    (unit,) = units_of(hard=1, mid=0)
+    assert unit[0].tokens[-1] == EOS
+    whole, _ = update([unit], "default")
+    without = [Row(**{**vars(unit[0]), "tokens": unit[0].tokens[:-1]})]
+    model = ExactLM()
+    accumulate(model, [without], count([unit], 1), method_of("default"), micro_batch_tokens=1000)
+    eos_only = whole - gradient(model)
+    model.zero_grad()
+    (-logps_alone(model, unit[0])[-1] / len(unit[0].tokens)).backward()
+    assert_same(eos_only, gradient(model), 1e-10)
+    assert eos_only.norm() > 1e-3
+
+
+# ---------------------------------------------------------------- GAL is there
+def test_gal_moves_the_weights_and_the_first_release_s_constant_would_not() -> None:
+    units = units_of(hard=0)
+    gal, seen = update(units, "gal_only")
+    assert gal.norm() > 1e-2
+    assert seen.gal > 0
+    additive = METHODS["official"] | {"gal_weight": 0.1}
+    METHODS["official_loud"], METHODS["official_99d3476"] = additive, METHODS["official"] | {"gal_weight": 0.0}
+    try:
+        with_gal, without = update(units, "official_loud")[0], update(units, "official_99d3476")[0]
+    finally:
+        del METHODS["official_loud"], METHODS["official_99d3476"]
+    assert (with_gal - without).norm() > 1e-4
+
+
+def test_the_cosine_of_grpo_and_gal_is_one_where_they_are_collinear() -> None:
+    """On-policy, equal lengths of one token, GAL's reference the sampler: ALGORITHMS section 1."""
+    units = units_of(hard=0, mid=1)
+    model = ExactLM()
+    on_policy = []
+    for row in units[0]:
+        one_token = Row(**{**vars(row), "tokens": row.tokens[:1], "ref_logps": None})
+        old = logps_alone(model, one_token).detach().numpy()
+        on_policy.append(Row(**{**vars(one_token), "old_logps": old}))
+    _, seen = update([on_policy], "old_reference")
+    assert seen.grpo_dot_gal / (seen.grpo_square * seen.gal_square) ** 0.5 == pytest.approx(1.0, abs=1e-10)
+    _, off = update(units, "default")
+    assert off.grpo_dot_gal / (off.grpo_square * off.gal_square) ** 0.5 < 0.999
+
+
+# ---------------------------------------------------------------- empty sides
+@pytest.mark.parametrize(("hard", "mid"), [(2, 0), (0, 2)])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_without_hard_or_without_mid_prompts_is_finite_and_only_the_other_term(
+    hard: int, mid: int, name: str
+) -> None:
+    units = units_of(hard=hard, mid=mid)
+    grad, seen = update(units, name)
+    assert torch.isfinite(grad).all()
+    assert (seen.sft != 0, seen.grpo != 0) == (hard > 0, mid > 0)
+    assert (seen.counts.hard, seen.counts.mid) == (hard, mid)
+
+
+def test_shard_weights_scale_their_term_and_leave_the_denominators_alone() -> None:
+    units = units_of()
+
+    def weighted(**weights: float) -> list[Unit]:
+        return [[Row(**{**vars(r), **{w: x * getattr(r, w) for w, x in weights.items()}}) for r in u] for u in units]
+
+    parts: dict[str, Callable[[Observed], float]] = {
+        "w_sft": lambda s: s.sft,
+        "w_grpo": lambda s: s.grpo,
+        "w_gal": lambda s: s.gal,
+    }
+    _, plain = update(units, "default")
+    for weight, part in parts.items():
+        _, half = update(weighted(**{weight: 0.5}), "default")
+        for other, read in parts.items():
+            assert read(half) == pytest.approx(read(plain) * (0.5 if other == weight else 1.0)), (weight, other)
+        assert part(half) != part(plain)
+
+
+def test_counting_easy_prompts_scales_the_whole_loss() -> None:
+    units = units_of()
+    model = ExactLM()
+    accumulate(model, units, count(units, 6), method_of("default"), micro_batch_tokens=100, easy_scale=0.6)
+    assert_same(gradient(model), 0.6 * update(units, "default")[0], 1e-10)

@@ -1,0 +1,242 @@
+"""A round as a whole: what it writes, how it ends, what it refuses."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from schemas.errors import UserError, WorkError
+from schemas.recipe import Policy
+from schemas.tables import ARROW
+from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train
+from trainer.metrics import effective_sample_size
+from trainer.run import train_round
+from trainer.schedule import plan_round
+
+QUEUE = {"schedule": "queue", "sft_lr": 2e-2, "queue_size": 2, "queue_groups": 2}
+
+
+def metric(sink: FolderSink, name: str) -> dict[int, float]:
+    return {row["step"]: row["value"] for row in sink.rows("metrics") if row["name"] == name}
+
+
+def edited(shards: pa.Table, change: dict, where: str = "rl") -> pa.Table:
+    """The shards with `change` laid over the first row of a route."""
+    rows = shards.to_pylist()
+    at = next(i for i, row in enumerate(rows) if row["route"] == where)
+    rows[at] |= change
+    return pa.Table.from_pylist(rows, ARROW["shards"])
+
+
+# ---------------------------------------------------------------- what is written
+def test_the_names_of_the_metrics_are_those_that_the_documentation_lists(policy_folder: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    listed = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
+    written: set[str] = set()
+    for name, method in {"joint": {}, "queue": QUEUE}.items():
+        sink = FolderSink(tmp_path / name)
+        train_round(make_job(policy_folder, sink, train=make_train(method)))
+        written |= {row["name"] for row in sink.rows("metrics")}
+    assert written == listed
+
+
+def test_draws_say_what_each_step_was_trained_on(policy_folder: Path, tmp_path: Path) -> None:
+    shards, train, sink = make_shards(), make_train(), FolderSink(tmp_path)
+    aged = shards.set_column(0, ARROW["shards"].field("round"), pa.array([2] * len(shards), pa.int32()))
+    train_round(make_job(policy_folder, sink, shards=aged, ref=make_ref(aged), round=2, rounds=3))
+    teachers = {row["item_id"]: row["teacher"] for row in shards.to_pylist()}
+    want = [
+        (step.index, position, item, route, teachers[item])
+        for step in plan_round(aged, train, seed=3, round=2)
+        for position, (route, item) in enumerate(key for u in step.updates for v in u.visits for key in v.items)
+    ]
+    got = sink.rows("draws")
+    assert [(r["step"], r["position"], r["item_id"], r["route"], r["teacher"]) for r in got] == want
+    assert {(r["round"], r["age"]) for r in got} == {(2, 2)}
+    assert set(metric(sink, "age").values()) == {2.0}
+
+
+def test_denominators_are_counted_over_the_whole_step(policy_folder: Path, tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    train_round(make_job(policy_folder, sink, train=make_train(micro_batch_tokens=1)))
+    shards = {row["item_id"]: row for row in make_shards().to_pylist()}
+    for step in range(6):
+        drawn = [shards[r["item_id"]] for r in sink.rows("draws") if r["step"] == step]
+        hard, mid = [r for r in drawn if r["route"] == "sft"], [r for r in drawn if r["route"] == "rl"]
+        assert metric(sink, "denom/prompts")[step] == 4
+        assert metric(sink, "denom/rows")[step] == len(drawn)
+        assert metric(sink, "denom/groups")[step] == len({r["prompt_id"] for r in mid})
+        assert metric(sink, "denom/sft_tokens")[step] == sum(len(r["tokens"]) for r in hard)
+        assert metric(sink, "denom/rl_tokens")[step] == sum(len(r["tokens"]) for r in mid)
+        assert metric(sink, "offline_ratio")[step] == len(hard) / 4
+    assert metric(sink, "route/easy_frac")[0] == pytest.approx(0.2)
+
+
+def test_a_checkpoint_is_a_hugging_face_folder_with_the_start_s_tokenizer_files(policy_folder: Path, tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    train_round(make_job(policy_folder, sink))
+    folder = sink.checkpoints()[6]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (folder / name).read_bytes() == (policy_folder / name).read_bytes()
+    assert not (folder / "manifest.json").exists()
+    trained = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(policy_folder).state_dict()
+    assert trained.keys() == start.keys()
+    assert not torch.equal(trained["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    assert json.loads((folder / "trainer" / "state.json").read_text())["ended"] == "steps"
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_progress_is_told_and_nothing_is_printed(
+    policy_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sink = FolderSink(tmp_path)
+    train_round(make_job(policy_folder, sink))
+    assert [(done, total) for done, total, _ in sink.notes] == [(i, 6) for i in range(1, 7)]
+    assert all("loss" in note for _, _, note in sink.notes)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+
+
+# ---------------------------------------------------------------- how it ends
+def test_training_lowers_the_loss_on_traces(policy_folder: Path, tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    shards = make_shards(hard=2, mid=0, teachers=1, traces=1)
+    train_round(make_job(policy_folder, sink, shards=shards, train=make_train(steps=12, prompts_per_step=2)))
+    loss = metric(sink, "loss/sft")
+    assert loss[11] < 0.7 * loss[0]
+    assert not metric(sink, "loss/grpo")
+    assert set(metric(sink, "denom/groups").values()) == {0.0}
+
+
+def test_a_round_ends_early_when_too_few_samples_are_effective_and_stays_ended(policy_folder: Path, tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    train = make_train(min_ess=0.99, checkpoint_every=50)
+    end = train_round(make_job(policy_folder, sink, train=train, shards=make_shards(hard=0)))
+    assert (end.steps, end.reason) == (1, "ess")
+    assert metric(sink, "ess")[0] < 0.99
+    assert sink.checkpoints().keys() == {1}
+    again = train_round(make_job(policy_folder, FolderSink(tmp_path), train=train, shards=make_shards(hard=0)))
+    assert again == end
+    hard_only = train_round(make_job(policy_folder, FolderSink(tmp_path / "hard"), train=train, shards=make_shards(mid=0)))
+    assert hard_only.reason == "steps", "steps without rl rows have no effective sample size"
+
+
+def test_no_rows_at_all_publishes_the_policy_unchanged(policy_folder: Path, tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    end = train_round(make_job(policy_folder, sink, shards=ARROW["shards"].empty_table()))
+    assert (end.steps, end.reason) == (0, "empty")
+    start = AutoModelForCausalLM.from_pretrained(policy_folder).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(sink.checkpoints()[0]).state_dict().items():
+        assert torch.equal(value, start[name])
+    assert train_round(make_job(policy_folder, FolderSink(tmp_path), shards=ARROW["shards"].empty_table())) == end
+
+
+def test_a_step_without_updates_leaves_the_weights_alone_and_says_so(policy_folder: Path, tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    train = make_train(QUEUE | {"queue_size": 50, "queue_groups": 50}, steps=2)
+    assert train_round(make_job(policy_folder, sink, train=train)).steps == 2
+    assert set(metric(sink, "denom/prompts").values()) == {0.0}
+    assert not metric(sink, "loss/total")
+    start = AutoModelForCausalLM.from_pretrained(policy_folder).state_dict()
+    for name, value in AutoModelForCausalLM.from_pretrained(sink.checkpoints()[2]).state_dict().items():
+        assert torch.equal(value, start[name])
+
+
+def test_two_queues_use_two_optimizers_with_their_own_rates(policy_folder: Path, tmp_path: Path) -> None:
+    sink = FolderSink(tmp_path)
+    train_round(make_job(policy_folder, sink, train=make_train(QUEUE)))
+    sft, main = metric(sink, "lr_sft"), metric(sink, "lr")
+    both = sft.keys() & main.keys()
+    assert both
+    assert all(sft[step] == pytest.approx(2 * main[step]) for step in both)
+
+
+# ---------------------------------------------------------------- what is refused
+@pytest.mark.parametrize(
+    ("change", "where", "message"),
+    [
+        ({"group_size": 5}, "rl", "group of prompt m0 has 4 rows and says group_size 5"),
+        ({"old_logprobs": [-1.0]}, "rl", "item m0-rl--0 has 1 old_logprobs"),
+        ({"temperature": 0.0}, "rl", "temperature 0.0"),
+        ({"w_gal": 0.5}, "rl", "several w_gal"),
+        ({"tokens": []}, "sft", "0 response tokens"),
+        ({"route": "both"}, "sft", "expected sft or rl"),
+        ({"item_id": "h0-sft-t0-1"}, "sft", "is there twice"),
+    ],
+)
+def test_shards_that_cannot_be_trained_on_are_refused_by_row(
+    change: dict, where: str, message: str, policy_folder: Path, tmp_path: Path
+) -> None:
+    shards = edited(make_shards(), change, where)
+    with pytest.raises(UserError, match=message):
+        train_round(make_job(policy_folder, FolderSink(tmp_path), shards=shards, ref=make_ref(make_shards())))
+
+
+def test_missing_or_foreign_reference_log_probs_are_refused(policy_folder: Path, tmp_path: Path) -> None:
+    ref = make_ref(make_shards())
+    with pytest.raises(UserError, match="none were given"):
+        train_round(make_job(policy_folder, FolderSink(tmp_path), ref=None))
+    with pytest.raises(UserError, match="no row for the shard's item m0-rl--0"):
+        train_round(make_job(policy_folder, FolderSink(tmp_path), ref=ref.slice(1)))
+    colder = make_ref(make_shards(temperature=0.5))
+    with pytest.raises(UserError, match=r"at temperature 0\.5"):
+        train_round(make_job(policy_folder, FolderSink(tmp_path), ref=colder))
+    reference_free = make_train({"gal": {"ref": "none"}})
+    assert train_round(make_job(policy_folder, FolderSink(tmp_path), ref=None, train=reference_free)).steps == 6
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_and_item(
+    policy_folder: Path, tmp_path: Path
+) -> None:
+    rows = make_shards().to_pylist()
+    bad = next(row for row in rows if row["prompt_id"] == "m2")
+    bad["old_logprobs"] = [math.nan] * len(bad["tokens"])
+    shards = pa.Table.from_pylist(rows, ARROW["shards"])
+    sink = FolderSink(tmp_path)
+    train = make_train(checkpoint_every=1)
+    with pytest.raises(WorkError, match=bad["item_id"]) as caught:
+        train_round(make_job(policy_folder, sink, shards=shards, ref=make_ref(make_shards()), train=train))
+    plan = plan_round(shards, train, seed=3, round=0)
+    first = next(s.index for s in plan if any(v.prompt_id == "m2" for u in s.updates for v in u.visits))
+    assert f"step {first}:" in str(caught.value)
+    assert max(sink.checkpoints(), default=0) == first
+
+
+# ---------------------------------------------------------------- precision and threads
+def test_bfloat16_is_the_forward_s_and_the_weights_stay_float32(policy_folder: Path, tmp_path: Path) -> None:
+    policy = Policy.model_validate({"model": policy_folder, "dtype": "bfloat16", "device": "cpu"})
+    sink, exact = FolderSink(tmp_path / "bf16"), FolderSink(tmp_path / "fp32")
+    train_round(make_job(policy_folder, sink, policy=policy, train=make_train({"lr": 1e-6})))
+    train_round(make_job(policy_folder, exact, train=make_train({"lr": 1e-6})))
+    loss, want = metric(sink, "loss/total"), metric(exact, "loss/total")
+    assert loss[0] != want[0]
+    assert loss[0] == pytest.approx(want[0], rel=0.05)
+    weights = load_file(sink.checkpoints()[6] / "model.safetensors")
+    start = load_file(policy_folder / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    moved = (weights["model.embed_tokens.weight"] - start["model.embed_tokens.weight"]).abs()
+    assert 0 < moved.max() < 1e-4, "an update of 1e-6 would be lost in bfloat16 weights"
+
+
+def test_the_policy_s_number_of_threads_is_set(policy_folder: Path, tmp_path: Path) -> None:
+    policy = Policy.model_validate({"model": policy_folder, "device": "cpu", "threads": 2})
+    try:
+        train_round(make_job(policy_folder, FolderSink(tmp_path), policy=policy, train=make_train(steps=1)))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------- numbers
+def test_effective_sample_size_is_between_one_over_n_and_one() -> None:
+    assert effective_sample_size(torch.zeros(7).numpy()) == pytest.approx(1.0)
+    assert effective_sample_size(torch.tensor([900.0, 0.0, 0.0, 0.0]).numpy()) == pytest.approx(0.25)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    assert effective_sample_size(weights.log().numpy()) == pytest.approx(36 / (3 * 14))
