@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="serve a GGUF over the OpenAI protocol on loopback")
     parser.add_argument("--gguf", type=Path, required=True, help="the model")
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
-    parser.add_argument("--ctx", type=int, default=8192, help="context in tokens, shared by the parallel requests")
+    parser.add_argument("--ctx", type=int, default=8192, help="context in tokens, divided among the parallel requests")
     parser.add_argument("--parallel", type=int, default=8, help="requests decoded together")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true", help="llama.cpp's own log, on stderr")
@@ -61,7 +61,12 @@ def start(gguf: Path, port: int, ctx: int, parallel: int, threads: int, verbose:
     params.cpuparams_batch.n_threads = threads
     params.warmup = False
     params.verbosity = 3 if verbose else 0
-    return xllamacpp.Server(params)
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as reason:
+        raise SystemExit(
+            f"{gguf}: llama.cpp cannot serve it ({reason}). Is it a whole GGUF? --verbose shows its log"
+        ) from None
 
 
 def _free_port() -> int:

@@ -100,12 +100,25 @@ def _short(v: Any) -> str:
 
 
 def _reference(ctx: "Context") -> Any:
-    """The trainer's own forward, which checks a vllm engine before it samples; none for hf, which is that forward."""
+    """folder -> the trainer's own forward of that policy, which checks a vllm engine before it samples.
+
+    None for hf, which is that forward. Loaded at the first call, on the CPU: a GPU is the engine's.
+    """
     if ctx.recipe.rollouts.engine.type != "vllm":
         return None
     from trainer import api
 
-    return api.sequence_logprobs
+    def of(folder: Path) -> Any:
+        model: list[Any] = []
+
+        def logprobs(prompt_tokens: list[int], tokens: list[int], temperature: float) -> list[float]:
+            if not model:
+                model.append(api.load_model(folder, ctx.recipe.policy.model_copy(update={"device": "cpu"})))
+            return api.sequence_logprobs(model[0], prompt_tokens, tokens, temperature)
+
+        return logprobs
+
+    return of
 
 
 # ---------------------------------------------------------------- stages

@@ -128,7 +128,15 @@ class Renderer:
 
     def _render(self, messages: tuple[tuple[str, str], ...]) -> tuple[str, tuple[int, ...]]:
         turns = [{"role": role, "content": content} for role, content in messages]
-        rendered = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except TemplateError as e:
+            raise UserError(
+                f"{self.folder}: its chat template cannot render a chat with the roles "
+                f"{', '.join(role for role, _ in messages)}: {e}. Mend the template, or the messages"
+            ) from None
         return rendered, tuple(self._ids(rendered))
 
     def _ids(self, text: str) -> list[int]:

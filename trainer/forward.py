@@ -101,8 +101,8 @@ def reference_logprobs(
 ) -> Iterator[pa.Table]:
     """Tables (item_id, logprobs, temperature) for the rl rows of a shard table, under the model in a folder.
 
-    Whoever goes on after an interruption passes all rows again and the item ids it has: batches are planned from all rows,
-    so the numbers are bitwise those of an undisturbed run. Tables come whole, of at least REFERENCE_ROWS rows but the last.
+    Whoever goes on after an interruption passes all rows again and the item ids that are done: batches are planned from all
+    rows, so the numbers are bitwise those of an undisturbed run. A table has about REFERENCE_ROWS rows, whole groups.
     """
     shards = Shards(rows, None)
     keys: dict[str, list[tuple[str, str]]] = {}
@@ -117,7 +117,8 @@ def reference_logprobs(
             continue
         if any(item not in finished for unit in chunk for _, item in unit):
             model = model or load_model(model_dir, policy)
-            yield _reference_table(model, [shards.rows(unit) for unit in chunk], policy, micro_batch_tokens)
+            table = _reference_table(model, [shards.rows(unit) for unit in chunk], policy, micro_batch_tokens)
+            yield table.filter(pa.array([item not in finished for item in table["item_id"].to_pylist()], pa.bool_()))
         chunk = []
 
 

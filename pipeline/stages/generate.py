@@ -7,6 +7,7 @@ one part file. What it could not produce is counted and tried again by the next 
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from schemas.ids import row_id, seed_from
 from schemas.recipe import Teacher
 from schemas.tables import ARROW
 
-Reference = Callable[[list[int], list[int], float], list[float]]
+Reference = Callable[[Path], Callable[[list[int], list[int], float], list[float]]]  # folder -> its log-probs
 Messages = list[dict[str, str]]
 RUNNING = ("concurrency", "timeout_s", "retries", "max_failed", "path", "api_key_env", "base_url")
 
@@ -151,7 +152,7 @@ def sample_policy(
             from pipeline.engines.vllm import VLLMSampler
 
             assert reference is not None, "the command passes the trainer's forward to a vllm engine"
-            return VLLMSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer, reference=reference)
+            return VLLMSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer, reference(folder))
         from pipeline.engines.hf import HFSampler
 
         return HFSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer)
@@ -194,6 +195,7 @@ def _generate(
     done = frozenset(finished(it, ("prompt_id", "sample")))
     left = sum(w not in done for w in wanted)
     failures: list[Failure] = []
+    details = ""
     if left:
         with progress(it.partition.label, len(wanted), len(wanted) - left) as bar:
             tokens = 0
@@ -202,14 +204,17 @@ def _generate(
                 samples = [s for s in batch if isinstance(s, Sample)]
                 if samples:
                     _write(it.partition, it.fingerprint, [row(s) for s in samples])
+                details = next((s.sampling for s in samples if s.sampling != "{}"), details)
                 tokens += sum(len(s.tokens or ()) for s in samples)
                 rate = f"{tokens / (time.monotonic() - started):,.0f} tok/s" if tokens else ""
                 bar.advance(len(batch), rate)
         _judge_failures(it, failures, len(wanted), max_failed)
     if not parts_of(it):
         raise WorkError(f"{it.partition.label}: the engine produced no row at all for {len(wanted)} samples")
-    note = getattr(engine, "note", "")
-    outcome = finish(it, failed=len(failures), facts={"note": note} if note else {}, started=started)
+    facts: dict[str, Any] = {"note": note} if (note := getattr(engine, "note", "")) else {}
+    if details and it.partition.table != "traces":  # traces have a column for it
+        facts["sampling"] = json.loads(details)
+    outcome = finish(it, failed=len(failures), facts=facts, started=started)
     if outcome.action == "added" and outcome.added == 0 and not failures:
         return nothing(it)
     return outcome

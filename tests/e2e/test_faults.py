@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -111,10 +112,8 @@ def test_a_harmed_part_file_stops_the_next_stage_by_name(harm: str, a_copy: Path
 def test_another_tokenizer_than_the_rollouts_is_refused(a_copy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other_policy"
     shutil.copytree(ROOT / "data" / "tiny_policy", other)
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        if (other / name).exists():
-            text = (other / name).read_text()
-            (other / name).write_text(text.replace("=", "==", 1) if name.endswith("jinja") else text)
+    template = other / "chat_template.jinja"
+    template.write_text("{{ '!' }}" + template.read_text())
     told = refused("grade", a_copy, "--round", 0, "--set", f"policy.model={other}")
     assert "another tokenizer or chat template" in told
 
@@ -174,4 +173,15 @@ def test_a_verifier_that_fails_too_often_stops_the_stage_and_keeps_the_rows(a_co
         code=1,
     )
     assert "verdicts are timeout or error" in told
-    assert set(table(a_copy, "scores").filter(table(a_copy, "scores")["round"] == 0)["status"]) == {"error"}
+    kept = table(a_copy, "scores").filter(pl.col("round") == 0, pl.col("kind") == "rollout")
+    assert set(kept["status"]) == {"error"}
+
+
+def test_a_chat_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other_policy"
+    shutil.copytree(ROOT / "data" / "tiny_policy", other)
+    (other / "chat_template.jinja").write_text("{% for %}")
+    path = write_recipe(tmp_path)
+    dypo("ingest", path)
+    told = refused("generate", "rollouts", path, "--set", f"policy.model={other}")
+    assert "chat template" in told

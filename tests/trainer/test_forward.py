@@ -102,6 +102,12 @@ def test_reference_logprobs_after_an_interruption_are_bitwise_the_same(
     finished = frozenset(whole[1]["item_id"].to_pylist())
     rest = list(reference_logprobs(policy_folder, table, policy, 60, finished=finished))
     assert rest == [whole[0], whole[2]]
+    one = frozenset(whole[1]["item_id"].to_pylist()[:1])
+    assert list(reference_logprobs(policy_folder, table, policy, 60, finished=one)) == [
+        whole[0],
+        whole[1].slice(1),
+        whole[2],
+    ]
 
 
 def test_the_pad_token_s_embedding_learns_like_any_other(policy_folder: Path) -> None:

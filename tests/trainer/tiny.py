@@ -164,6 +164,7 @@ class FolderSink:
 
     def write(self, table: str, rows: pa.Table, part: str) -> None:
         self._called("write")
+        torch.rand(1)  # stands for whatever draws from torch's generator during a round: its state has to be resumed
         final = self.folder / table / f"part-{part}.parquet"
         final.parent.mkdir(exist_ok=True)
         assert not final.exists(), f"{final.name} is written twice"
