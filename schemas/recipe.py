@@ -268,10 +268,14 @@ class DypoMethod(Model):
         return _merge(PRESETS.get(values.get("preset", "default"), {}), values)
 
     @property
+    def gal_coefficient(self) -> float:
+        """GAL's weight within the Mid term; GRPO's is alpha, or 1 when gal_weight is set."""
+        return 1 - self.alpha if self.gal_weight is None else self.gal_weight
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the base policy's log-probs, so that rows of role ref are needed."""
-        weight = 1 - self.alpha if self.gal_weight is None else self.gal_weight
-        return self.gal.ref == "init" and weight > 0
+        return self.gal.ref == "init" and self.gal_coefficient > 0
 
     @model_validator(mode="after")
     def _queue_has_its_rate(self) -> "DypoMethod":

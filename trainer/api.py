@@ -2,7 +2,6 @@
 
 from trainer.forward import load_model, reference_logprobs, sequence_logprobs
 from trainer.job import RoundEnd, Sink, TrainJob
-from trainer.objective import needs_reference
 from trainer.run import train_round
 
 __all__ = [
@@ -10,7 +9,6 @@ __all__ = [
     "Sink",
     "TrainJob",
     "load_model",
-    "needs_reference",
     "reference_logprobs",
     "sequence_logprobs",
     "train_round",

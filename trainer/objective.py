@@ -78,16 +78,6 @@ class Components:
     gal: Tensor
 
 
-def gal_weight(method: DypoMethod) -> float:
-    """GAL's weight within the Mid term."""
-    return 1 - method.alpha if method.gal_weight is None else method.gal_weight
-
-
-def needs_reference(method: DypoMethod) -> bool:
-    """Whether training reads RUN/logprobs role=ref."""
-    return method.gal.ref == "init" and gal_weight(method) > 0
-
-
 def count(units: Sequence[Unit], prompts: int) -> Counts:
     """The denominators of one update over `units`, drawn by `prompts` prompt visits."""
     hard = [unit for unit in units if unit[0].route == "sft"]
@@ -108,7 +98,7 @@ def mixture(method: DypoMethod, counts: Counts, *, easy_scale: float = 1.0) -> M
     """The weights of Eq. 4. easy_scale: gated / (gated + easy) of the round, or 1 for normalise = gated."""
     hard, mid = easy_scale * counts.hard / counts.prompts, easy_scale * counts.mid / counts.prompts
     grpo = method.alpha if method.gal_weight is None else 1.0
-    return Mixture(sft=hard * method.gamma, grpo=mid * grpo, gal=mid * gal_weight(method))
+    return Mixture(sft=hard * method.gamma, grpo=mid * grpo, gal=mid * method.gal_coefficient)
 
 
 def micro_batch(units: Sequence[Unit], counts: Counts, method: DypoMethod, device: str = "cpu") -> MicroBatch:
@@ -158,7 +148,7 @@ def components(logps_BT: Tensor, batch: MicroBatch, method: DypoMethod) -> Compo
     grpo_mask_BT = mask_BT & (batch.grpo_share_B != 0).unsqueeze(-1)
     sft_mask_BT = mask_BT & (batch.sft_share_B != 0).unsqueeze(-1)
     gal = logps_BT[:0].sum()
-    if gal_weight(method) > 0:
+    if method.gal_coefficient > 0:
         summaries_B, ref_B = gal_summaries(logps_BT, batch, method)
         for share, start, stop in zip(batch.gal_share_G, batch.starts, batch.starts[1:], strict=False):
             ref_K = None if ref_B is None else ref_B[start:stop]

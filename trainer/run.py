@@ -20,7 +20,7 @@ from trainer.forward import load_model
 from trainer.job import RoundEnd, TrainJob
 from trainer.journal import Journal
 from trainer.metrics import step_metrics, summary
-from trainer.objective import Unit, count, needs_reference
+from trainer.objective import Unit, count
 from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
 from trainer.rows import Row, Shards
 from trainer.schedule import Cursor, Step, Update, plan_round
@@ -34,9 +34,9 @@ def train_round(job: TrainJob) -> RoundEnd:
     gradient is not finite; checkpoints, draws and metrics up to the last checkpoint are then kept.
     """
     method = job.train.method
-    if needs_reference(method) and job.ref is None:
+    if method.needs_reference and job.ref is None:
         raise UserError("the method reads the base policy's log-probs (gal.ref = init) and none were given")
-    shards = Shards(job.shards, job.ref if needs_reference(method) else None)
+    shards = Shards(job.shards, job.ref if method.needs_reference else None)
     plan = plan_round(job.shards, job.train, seed=job.seed, round=job.round)
 
     model, optimizers, state = _begin(job)

@@ -25,7 +25,6 @@ from trainer.objective import (
     Unit,
     components,
     gal_summaries,
-    gal_weight,
     micro_batch,
     mixture,
 )
@@ -126,7 +125,7 @@ def _observe(
         seen.rl_rows.append(row)
         seen.log_ratios.append(log_ratios_BT[at, : len(row.tokens)])
         seen.entropies.append(entropies_BT[at, : len(row.tokens)])
-    if gal_weight(method) == 0:
+    if method.gal_coefficient == 0:
         return
     summaries_B, ref_B = gal_summaries(logps_BT, batch, method)
     lengths_B = batch.sequences.lengths_B.double()

@@ -48,7 +48,7 @@ class Trainer(Protocol):
     def train_round(self, **job: Any) -> Any: ...
 
     def reference_logprobs(
-        self, model: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int
+        self, model: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int, *, finished: frozenset[str]
     ) -> Iterator[pa.Table]: ...
 
 
@@ -166,16 +166,20 @@ def _reference(ctx: Context, round: int, shards: pa.Table, trainer: Any) -> Outc
     begin(it)
     done = {i for (i,) in finished(it, ("item_id",))}
     rl = shards.filter(pc.field("route") == "rl")
-    todo = rl.filter(pa.array([i not in done for i in rl.column("item_id").to_pylist()], pa.bool_()))
-    if todo.num_rows == 0 and current(it) and not it.partition.loose(it.fingerprint):
+    left = rl.num_rows - len(done)
+    if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
         return nothing(it)
     it.partition.folder.mkdir(parents=True, exist_ok=True)
     with progress(it.partition.label, rl.num_rows, len(done)) as bar:
         pending: list[pa.Table] = []
-        batches = trainer.reference_logprobs(
-            ctx.recipe.policy.model, todo, ctx.recipe.policy, ctx.recipe.train.micro_batch_tokens
+        batches = trainer.reference_logprobs(  # planned from all rows, so that a resumed stage computes the same batches
+            ctx.recipe.policy.model,
+            rl,
+            ctx.recipe.policy,
+            ctx.recipe.train.micro_batch_tokens,
+            finished=frozenset(done),
         )
-        for got in batches if todo.num_rows else ():
+        for got in batches if left else ():
             pending.append(got)
             bar.advance(got.num_rows)
             if sum(t.num_rows for t in pending) >= 512:
