@@ -1,7 +1,7 @@
 """Presets do what ALGORITHMS section 7.5 says."""
 
 from schemas.recipe import DypoMethod
-from trainer.objective import Counts, gal_weight, mixture, needs_reference
+from trainer.objective import Counts, mixture
 
 COUNTS = Counts(prompts=8, hard=2, mid=6, rows=50, sft_tokens=100, rl_tokens=900, pairs=60)
 
@@ -24,14 +24,14 @@ def test_default_is_the_convex_mixture_with_means_against_the_base_policy() -> N
     assert (method.lr, method.schedule, method.sft_reduction, method.normalise) == (1e-6, "joint", "token", "gated")
     mixed = mixture(method, COUNTS)
     assert (mixed.sft, mixed.grpo, mixed.gal) == (0.25, 0.375, 0.375)
-    assert needs_reference(method)
+    assert method.needs_reference
 
 
 def test_paper_sums_log_probs_and_shares_one_normaliser() -> None:
     method = DypoMethod.model_validate({"preset": "paper"})
     assert (method.gal.logp_reduction, method.gal.ref, method.gal.beta, method.alpha) == ("sum", "init", 1.0, 0.5)
     assert (method.sft_reduction, method.lr, method.schedule) == ("prompt", 1e-6, "joint")
-    assert needs_reference(method)
+    assert method.needs_reference
 
 
 def test_official_is_gspo_plus_a_thousandth_of_reference_free_gal_with_two_optimizers() -> None:
@@ -46,10 +46,10 @@ def test_official_is_gspo_plus_a_thousandth_of_reference_free_gal_with_two_optim
     rl_only = Counts(prompts=6, hard=0, mid=6, rows=48, sft_tokens=0, rl_tokens=900, pairs=60)
     mixed = mixture(method, rl_only)
     assert (mixed.sft, mixed.grpo, mixed.gal) == (0.0, 1.0, 0.001)
-    assert not needs_reference(method)
+    assert not method.needs_reference
 
 
 def test_without_gal_no_reference_is_asked_for() -> None:
     method = DypoMethod(alpha=1.0)
-    assert gal_weight(method) == 0
-    assert not needs_reference(method)
+    assert method.gal_coefficient == 0
+    assert not method.needs_reference
