@@ -9,10 +9,10 @@ from pipeline.stages import evaluate, generate, grade, ingest, score, train
 
 
 def score_round(ctx: Context, round: int) -> list[Outcome]:
-    """Verdicts on the round's rollouts and on every teacher's traces."""
-    rollouts = [("rollout", ctx.part("rollouts", round=round))]
-    named = [("trace", ctx.part("traces", teacher=t.name)) for t in ctx.recipe.teachers]
-    return score.run(ctx, rollouts + named)
+    """Verdicts on the round's rollouts and on the traces that are there (grading wants every teacher's)."""
+    traces = [ctx.part("traces", teacher=t.name) for t in ctx.recipe.teachers]
+    found = [("trace", part) for part in traces if part.manifest() is not None]
+    return score.run(ctx, [("rollout", ctx.part("rollouts", round=round)), *found])
 
 
 def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:

@@ -41,13 +41,13 @@ hard as (
 select
     round, source_round, 'rl' as route, prompt_id, item_id, sample, cast(null as varchar) as teacher, policy, temperature,
     prompt_tokens, tokens, old_logprobs, finish_reason, reward, correct,
-    case when flat then 0.0 when $advantage_scale = 'std' then centred / (std + $eps) else centred end as advantage,
-    group_size, 0.0 as w_sft, 1.0 as w_grpo, 1.0 as w_gal
+    case when flat then 0e0 when $advantage_scale = 'std' then centred / (std + $eps) else centred end as advantage,
+    group_size, 0e0 as w_sft, 1e0 as w_grpo, 1e0 as w_gal
 from mid
 union all
 select
-    round, source_round, 'sft' as route, prompt_id, trace_id as item_id, sample, teacher, policy, 1.0 as temperature,
+    round, source_round, 'sft' as route, prompt_id, trace_id as item_id, sample, teacher, policy, 1e0 as temperature,
     prompt_tokens, tokens, null as old_logprobs, finish_reason, reward, true as correct,
-    0.0 as advantage, 1 as group_size, 1.0 as w_sft, 0.0 as w_grpo, 0.0 as w_gal
+    0e0 as advantage, 1 as group_size, 1e0 as w_sft, 0e0 as w_grpo, 0e0 as w_gal
 from hard
 order by route, prompt_id, sample, item_id

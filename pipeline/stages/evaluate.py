@@ -5,9 +5,10 @@ grading or routing query names.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
 from pipeline.context import Context
@@ -37,6 +38,11 @@ def spec(ctx: Context, suite: Suite, round: int, step: int) -> Spec:
     return Spec("eval", ctx.part("evals", **keys), config, {"scores": scores.identity}, 0)
 
 
+def suite_prompts(ctx: Context, suite: Suite) -> list[dict[str, Any]]:
+    """The eval prompts of the suite's sources, the first `limit` by id."""
+    return [r for r in prompt_rows(ctx, "eval") if r["source"] in suite.sources][: suite.limit]
+
+
 def run(ctx: Context, round: int, step: int, *, reference: Callable | None = None) -> list[Outcome]:
     """Evaluates the checkpoint of (round, step) on every suite; (0, 0) is the base policy."""
     suites = ctx.recipe.eval.suites
@@ -44,7 +50,7 @@ def run(ctx: Context, round: int, step: int, *, reference: Callable | None = Non
         raise UserError("eval.suites: the recipe names no suite. Add [[eval.suites]] with a name and its sources")
     outcomes = []
     for suite in suites:
-        rows = [r for r in prompt_rows(ctx, "eval") if r["source"] in suite.sources][: suite.limit]
+        rows = suite_prompts(ctx, suite)
         if not rows:
             raise UserError(f"eval.suites.{suite.name}: its sources ({', '.join(suite.sources)}) have no eval prompt")
         e = ctx.recipe.eval
@@ -68,21 +74,22 @@ def _estimate(ctx: Context, suite: Suite, round: int, step: int) -> Outcome:
     if current(it):
         return nothing(it)
     keys = {"round": round, "step": step, "suite": suite.name}
-    asked = {r["prompt_id"] for r in prompt_rows(ctx, "eval") if r["source"] in suite.sources}
-    samples = read_parts(ctx.part("eval_rollouts", **keys).files(), "eval_rollouts", ["rollout_id", "sample", "policy"])
-    counted = {r["rollout_id"] for r in samples.to_pylist() if r["sample"] < suite.n}
-    verdicts: dict[str, list[bool]] = defaultdict(list)
-    for r in read_parts(
-        ctx.part("scores", kind="eval", **keys).files(), "scores", ["id", "prompt_id", "correct"]
-    ).to_pylist():
-        if r["id"] in counted and r["prompt_id"] in asked:
-            verdicts[r["prompt_id"]].append(r["correct"])
+    asked = [r["prompt_id"] for r in suite_prompts(ctx, suite)]
+    samples = pl.from_arrow(read_parts(ctx.part("eval_rollouts", **keys).files(), "eval_rollouts", ["rollout_id", "sample"]))
+    scores = pl.from_arrow(
+        read_parts(ctx.part("scores", kind="eval", **keys).files(), "scores", ["id", "prompt_id", "correct"])
+    )
+    assert isinstance(samples, pl.DataFrame)
+    assert isinstance(scores, pl.DataFrame)
+    counted = samples.filter(pl.col("sample") < suite.n).join(scores, left_on="rollout_id", right_on="id")
+    verdicts = counted.filter(pl.col("prompt_id").is_in(asked)).sort("prompt_id", "sample")
+    correct_PN = verdicts.group_by("prompt_id", maintain_order=True).agg("correct")["correct"].to_list()
     rows = [
         {
             **keys, "metric": metric, "value": e.value, "ci_low": e.ci_low, "ci_high": e.ci_high,
             "problems": e.problems, "policy": ctx.checkpoint(round, step)[1],
         }
-        for metric, e in eval_metrics(list(verdicts.values()), suite.pass_k).items()
+        for metric, e in eval_metrics(correct_PN, suite.pass_k).items()
     ]  # fmt: skip
     facts = {r["metric"]: [float(f"{r[n]:.4f}") for n in ("value", "ci_low", "ci_high")] for r in rows}
     return make_table(it, pa.Table.from_pylist(rows, schema=ARROW["evals"]), facts=facts, started=started)

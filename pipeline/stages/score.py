@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
 from pipeline.context import Context
@@ -12,7 +12,7 @@ from pipeline.progress import progress
 from pipeline.scorers import Item, VerdictPool
 from pipeline.scorers import version as scorer_version
 from pipeline.scorers.user import source_hash
-from pipeline.stage import Outcome, Spec, begin, counts, current, finish, finished, need, nothing, parts_of
+from pipeline.stage import Outcome, Spec, begin, counts, current, finish, need, nothing, parts_of
 from pipeline.store import Partition, partitions, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.scorers import ScorerConfig, UserScorer
@@ -58,17 +58,19 @@ def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
             need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
             it = spec(ctx, kind, source)
             begin(it)
-            id_column = "trace_id" if kind == "trace" else "rollout_id"
-            done = {i for (i,) in finished(it, ("id",))}
-            todo = _rows(source, id_column, done)
-            if not todo and current(it) and not it.partition.loose(it.fingerprint):
+            manifest = source.manifest()
+            assert manifest is not None
+            done = pl.from_arrow(read_parts(parts_of(it), "scores", ["id"]))
+            assert isinstance(done, pl.DataFrame)
+            left = manifest.rows - done.height
+            if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
                 outcomes.append(nothing(it))
                 continue
-            if todo and pool is None:
+            if left and pool is None:
                 s = ctx.recipe.score
                 pool = VerdictPool(s.verifiers, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb).__enter__()
-            if todo and pool is not None:
-                _score(ctx, it, kind, source, todo, pool, len(done))
+            if left and pool is not None:
+                _score(ctx, it, kind, source, done, left, pool)
             outcomes.append(_finish(it, started))
     finally:
         if pool is not None:
@@ -78,47 +80,43 @@ def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
     return outcomes
 
 
-def _rows(source: Partition, id_column: str, done: set[str]) -> list[dict[str, Any]]:
-    rows = read_parts(source.files(), source.table, [id_column, "prompt_id", "text", "finish_reason"])
-    return sorted((r for r in rows.to_pylist() if r[id_column] not in done), key=lambda r: r[id_column])
-
-
-def _score(ctx: Context, it: Spec, kind: str, source: Partition, todo: list, pool: VerdictPool, done: int) -> None:
-    prompts = {r["prompt_id"]: r for r in read_parts(ctx.part("prompts").files(), "prompts").to_pylist()}
+def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, pool: VerdictPool) -> None:
+    """Judges what the anti-join leaves, one part of the source at a time, so memory does not grow with the run."""
     keys = {"kind": kind, "round": None, "step": None, "suite": None, "teacher": None, **dict(source.keys)}
     id_column = "trace_id" if kind == "trace" else "rollout_id"
-    with progress(it.partition.label, done + len(todo), done) as bar:
-        for batch in _batches(todo):
-            items = [_item(r[id_column], r, prompts[r["prompt_id"]]) for r in batch]
-            verdicts = pool.score(items)
-            rows = [
-                {
-                    **keys, "id": item.id, "prompt_id": r["prompt_id"], "status": v.status, "reward": v.reward,
-                    "correct": v.correct, "extracted": v.extracted, "verifier": item.verifier,
-                    "verifier_version": scorer_version(ctx.recipe.score.verifiers[item.verifier]),
-                    "elapsed_ms": v.elapsed_ms, "detail": v.detail,
-                }
-                for r, item, v in zip(batch, items, verdicts, strict=True)
-            ]  # fmt: skip
-            it.partition.write(pa.Table.from_pylist(rows, schema=ARROW["scores"]), it.fingerprint)
-            bar.advance(len(rows))
+    prompts = pl.from_arrow(read_parts(ctx.part("prompts").files(), "prompts").drop_columns(["split"]))
+    assert isinstance(prompts, pl.DataFrame)
+    with progress(it.partition.label, done.height + left, done.height) as bar:
+        for path in source.files():
+            judged = pl.from_arrow(read_parts([path], source.table, [id_column, "prompt_id", "text", "finish_reason"]))
+            assert isinstance(judged, pl.DataFrame)
+            todo = judged.rename({id_column: "id"}).join(done, on="id", how="anti", maintain_order="left")
+            todo = todo.join(prompts, on="prompt_id", how="left", maintain_order="left")
+            for batch in todo.iter_slices(BATCH):
+                items = [_item(row) for row in batch.iter_rows(named=True)]
+                rows = [
+                    {
+                        **keys, "id": item.id, "prompt_id": prompt_id, "status": v.status, "reward": v.reward,
+                        "correct": v.correct, "extracted": v.extracted, "verifier": item.verifier,
+                        "verifier_version": scorer_version(ctx.recipe.score.verifiers[item.verifier]),
+                        "elapsed_ms": v.elapsed_ms, "detail": v.detail,
+                    }
+                    for prompt_id, item, v in zip(batch["prompt_id"], items, pool.score(items), strict=True)
+                ]  # fmt: skip
+                it.partition.write(pa.Table.from_pylist(rows, schema=ARROW["scores"]), it.fingerprint)
+                bar.advance(len(rows))
 
 
-def _batches(rows: list) -> Iterator[list]:
-    for start in range(0, len(rows), BATCH):
-        yield rows[start : start + BATCH]
-
-
-def _item(id: str, row: dict[str, Any], prompt: dict[str, Any]) -> Item:
+def _item(row: dict[str, Any]) -> Item:
     return Item(
-        id=id,
+        id=row["id"],
         text=row["text"],
-        answer=prompt["answer"],
-        verifier=prompt["verifier"],
+        answer=row["answer"],
+        verifier=row["verifier"],
         finish_reason=row["finish_reason"],
-        prompt=prompt["messages"][-1]["content"],
-        metadata=json.loads(prompt["metadata"] or "{}"),
-        source=prompt["source"],
+        prompt=row["messages"][-1]["content"],
+        metadata=json.loads(row["metadata"] or "{}"),
+        source=row["source"],
     )
 
 

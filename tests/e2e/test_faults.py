@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -185,3 +187,71 @@ def test_a_chat_template_that_does_not_compile_is_refused(tmp_path: Path) -> Non
     dypo("ingest", path)
     told = refused("generate", "rollouts", path, "--set", f"policy.model={other}")
     assert "chat template" in told
+
+
+def test_an_unknown_key_is_refused_by_the_command(tmp_path: Path) -> None:
+    assert "did you mean 'steps'" in refused("plan", write_recipe(tmp_path, **{"steps = 6": "stepps = 6"}))
+    assert "no entry 'nobody'" in refused("plan", write_recipe(tmp_path), "--set", "teachers.nobody.samples=2")
+
+
+def test_a_full_disk_stops_the_stage_with_exit_code_1_and_the_rest_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+    """The operating system's limit on a file's size stands in for the disk: small parts fit, then none does."""
+    path = write_recipe(tmp_path)
+    dypo("ingest", path)
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); "
+    code += f"import sys; sys.argv = ['dypo', 'generate', 'rollouts', {str(path)!r}]; from pipeline.cli import main; main()"
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert got.returncode == 1, got.stderr
+    assert "could not be written" in got.stderr
+    dypo("generate", "rollouts", path)
+    mine, other = table(tmp_path / "run", "rollouts"), table(undisturbed, "rollouts")
+    assert mine.equals(other.filter(other["round"] == 0))
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
+def test_plan_reads_every_shipped_recipe_even_where_its_files_are_missing(recipe: Path, tmp_path: Path) -> None:
+    got = dypo("plan", recipe, "--set", f"run='{tmp_path / 'run'}'")
+    assert "partitions would be made" in got.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_is_a_live_bar_on_a_terminal_and_plain_lines_elsewhere(tmp_path: Path) -> None:
+    import os
+    import pty
+
+    path = write_recipe(tmp_path)
+    dypo("ingest", path)
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "generate", "rollouts", str(path)],
+        stderr=child,
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    os.close(child)
+    seen = b""
+    while True:
+        try:
+            data = os.read(parent, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        seen += data
+    os.close(parent)
+    assert process.wait() == 0
+    assert b"rollouts/round=0" in seen
+    assert b"rows/s" in seen
+    assert b"\x1b[" in seen
+    plain = dypo("score", path)
+    assert "\x1b[" not in plain.stdout + plain.stderr
+
+
+def test_older_verdicts_stay_in_score_versions(a_copy: Path) -> None:
+    from pipeline.store import ask, connect
+
+    before = ask(connect(a_copy), "select count(*) as n from scores").to_pylist()[0]["n"]
+    dypo("score", a_copy, "--round", 1, "--set", "score.verifiers.sum={type='exact', extract='>([0-9]+)$'}")
+    con = connect(a_copy)
+    assert ask(con, "select count(*) as n from scores").to_pylist()[0]["n"] == before
+    assert ask(con, "select count(*) as n from score_versions").to_pylist()[0]["n"] > before

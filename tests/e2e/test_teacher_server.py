@@ -1,0 +1,107 @@
+"""A teacher behind a real HTTP server on loopback that fails in every way: exit code 1, rows kept, the same command goes on."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_runs import dypo, table, write_recipe
+
+MODE = {"now": "ok", "served": 0}
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """Chat completions whose answer is the question; `MODE` says how it misbehaves."""
+
+    def do_GET(self) -> None:
+        self.reply(200, {"data": [{"id": "echo"}]})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if not body:
+            return  # the client was ended in the middle of a request
+        asked = json.loads(body)
+        MODE["served"] = int(MODE["served"]) + 1
+        mode = str(MODE["now"])
+        if mode == "half" and int(MODE["served"]) > 60:
+            mode = "500"
+        if mode in ("500", "429"):
+            self.reply(int(mode), {"error": {"message": "no"}})
+        elif mode == "garbage":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello")
+        elif mode == "slow":
+            threading.Event().wait(3)
+        else:
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": asked["messages"][-1]["content"]},
+            }
+            self.reply(200, {"id": "1", "object": "chat.completion", "created": 1, "model": "echo", "choices": [choice]})
+
+    def reply(self, code: int, body: dict) -> None:
+        self.send_response(code)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    MODE.update(now="ok", served=0)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def recipe(tmp_path: Path, address: str) -> Path:
+    engine = f'engine = {{ type = "openai", base_url = "{address}", model = "echo", retries = 0, timeout_s = 1.0, concurrency = 4 }}'
+    path = write_recipe(
+        tmp_path, **{'engine = {{ type = "program", program = "tiny.left" }}'.replace("{{", "{").replace("}}", "}"): engine}
+    )
+    dypo("ingest", path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["500", "429", "garbage", "slow"])
+def test_a_server_that_fails_ends_in_exit_code_1_and_one_clear_error(mode: str, tmp_path: Path, address: str) -> None:
+    path = recipe(tmp_path, address)
+    MODE["now"] = mode
+    got = dypo("generate", "teachers", path, check=False)
+    assert got.returncode == 1, got.stderr
+    assert "Traceback" not in got.stderr
+    assert address in got.stderr
+    MODE["now"] = "ok"
+    dypo("generate", "teachers", path)
+    assert table(tmp_path / "run", "traces").height == 60 * 3
+
+
+def test_a_server_that_is_down_is_told_at_once(tmp_path: Path, address: str) -> None:
+    nobody = address.replace(address.split(":")[2].split("/")[0], "9")
+    got = dypo("generate", "teachers", recipe(tmp_path, nobody), check=False, timeout=60)
+    assert got.returncode == 1
+    assert nobody in got.stderr
+
+
+def test_a_server_that_dies_midway_loses_no_finished_row(tmp_path: Path, address: str) -> None:
+    path = recipe(tmp_path, address)
+    MODE["now"] = "half"
+    dypo("generate", "teachers", path, "--set", "teachers.left.samples=3", check=False)
+    kept = sum(1 for _ in (tmp_path / "run" / "traces" / "teacher=left").glob("part-*.parquet"))
+    assert kept > 0
+    served = int(MODE["served"])
+    MODE["now"] = "ok"
+    dypo("generate", "teachers", tmp_path / "run")
+    traces = table(tmp_path / "run", "traces")
+    assert traces.filter(traces["teacher"] == "left").height == 180
+    assert int(MODE["served"]) - served < 180

@@ -1,0 +1,176 @@
+"""Rows in, rows out for the queries that decide what is trained on."""
+
+import duckdb
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.stages.grade import FITTING
+from pipeline.store import ask, sql
+from schemas.tables import ARROW
+from trainer.losses import grpo_advantages
+
+GRADE = {"round": 0, "k": 4, "hard_max_successes": 0, "easy_max_failures": 0, "max_tokens": 10, "unjudged_to_routes": False}
+
+
+def verdicts(
+    groups: dict[str, list[str]], rewards: dict[str, list[float]] | None = None, tokens: int = 3
+) -> dict[str, list[dict]]:
+    """A rollout and a verdict for each status; `rewards` may say something else than the status."""
+    rollouts, scores = [], []
+    for prompt, statuses in groups.items():
+        for i, status in enumerate(statuses):
+            reward = rewards[prompt][i] if rewards else float(status == "ok")
+            rollouts.append(
+                {
+                    "rollout_id": f"{prompt}{i}", "prompt_id": prompt, "round": 0, "sample": i, "policy": "p", "text": "",
+                    "prompt_tokens": [1, 2], "tokens": [5] * tokens, "logprobs": [-0.5] * tokens, "finish_reason": "stop",
+                    "engine": "hf", "temperature": 0.7, "top_p": 1.0, "seed": 1,
+                }
+            )  # fmt: skip
+            scores.append(
+                {
+                    "kind": "rollout", "id": f"{prompt}{i}", "prompt_id": prompt, "round": 0, "step": None, "suite": None,
+                    "teacher": None, "status": status, "reward": reward, "correct": status == "ok", "extracted": None,
+                    "verifier": "v", "verifier_version": 1, "elapsed_ms": 0.0, "detail": None,
+                }
+            )  # fmt: skip
+    return {"rollouts": rollouts, "scores": scores}
+
+
+def trace(prompt: str, teacher: str = "t", n: int = 5, sample: int = 0) -> dict:
+    return {
+        "trace_id": f"{prompt}-{teacher}{sample}", "prompt_id": prompt, "teacher": teacher, "sample": sample,
+        "prompt_tokens": [1, 2], "tokens": [7] * (n - 2), "n_tokens": n, "finish_reason": "stop", "reward": 1.0,
+    }  # fmt: skip
+
+
+def database(tables: dict[str, list[dict]], traces: list[dict]) -> duckdb.DuckDBPyConnection:
+    con = duckdb.connect()
+    for name in ("rollouts", "scores", "grades", "prompts"):
+        con.register(f"{name}_in", pa.Table.from_pylist(tables.get(name, []), schema=ARROW[name]))
+        con.execute(f"create table {name} as select * from {name}_in")
+    con.register("fitting_in", pa.Table.from_pylist(traces, schema=FITTING))
+    con.execute("create table fitting_traces as select * from fitting_in")
+    return con
+
+
+def grade(tables: dict[str, list[dict]], traces: list[dict] | None = None, **changes: object) -> dict[str, dict]:
+    rows = ask(database(tables, traces or []), sql("grade"), **{**GRADE, **changes}).to_pylist()
+    return {r["prompt_id"]: r for r in rows}
+
+
+def route(
+    tables: dict[str, list[dict]], traces: list[dict] | None = None, scale: str = "std", **changes: object
+) -> list[dict]:
+    graded = list(grade(tables, traces, **changes).values())
+    con = database({**tables, "grades": graded}, traces or [])
+    return ask(con, sql("route_dypo"), round=0, k=GRADE["k"], max_tokens=10, advantage_scale=scale, eps=1e-6).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "changes", "grade_", "reason"),
+    [
+        (["ok"] * 4, {}, "easy", "easy"),
+        (["wrong"] * 4, {}, "hard", "no_verified_trace"),
+        (["ok", "wrong", "wrong", "wrong"], {}, "mid", "rl"),
+        (["ok", "ok", "ok", "unparseable"], {}, "mid", "rl"),
+        (["ok", "ok", "ok", "truncated"], {"easy_max_failures": 1}, "easy", "easy"),
+        (["ok", "wrong", "wrong", "wrong"], {"hard_max_successes": 1}, "hard", "no_verified_trace"),
+        (["ok", "wrong", "wrong", "timeout"], {}, "mid", "unjudged"),
+        (["ok", "wrong", "wrong", "error"], {"unjudged_to_routes": True}, "mid", "rl"),
+        (["gold_bad"] * 4, {}, "hard", "unjudged"),
+        (["ok", "wrong", "wrong"], {}, "mid", "incomplete_group"),
+        (["ok", "wrong", "wrong", "wrong"], {"max_tokens": 4}, "mid", "too_long"),
+        (["ok", "wrong", "wrong", "wrong", "ok"], {"k": 4}, "mid", "rl"),
+    ],
+)
+def test_a_group_gets_its_grade_and_reason(statuses: list[str], changes: dict, grade_: str, reason: str) -> None:
+    row = grade(verdicts({"a": statuses}), **changes)["a"]
+    assert (row["grade"], row["reason"]) == (grade_, reason)
+    assert row["k"] == min(len(statuses), 4)
+
+
+def test_lowering_k_counts_the_first_samples_only() -> None:
+    assert grade(verdicts({"a": ["wrong", "wrong", "ok", "ok"]}), k=2)["a"]["grade"] == "hard"
+
+
+def test_a_hard_prompt_is_routed_by_the_traces_that_fit() -> None:
+    tables = verdicts({"a": ["wrong"] * 4, "b": ["wrong"] * 4, "c": ["wrong"] * 4})
+    rows = grade(tables, [trace("a"), trace("a", "u"), trace("a", "u", 99, 1), trace("b", n=99)])
+    assert {p: (r["traces"], r["reason"]) for p, r in rows.items()} == {
+        "a": (2, "sft"), "b": (0, "too_long"), "c": (0, "no_verified_trace"),
+    }  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["ok", "wrong"]), min_size=4, max_size=4), st.floats(-3, 3))
+def test_a_format_penalty_on_the_reward_moves_no_prompt(statuses: list[str], penalty: float) -> None:
+    """ALGORITHMS test 19: routing reads correctness, never the shaped reward."""
+    plain, shaped = verdicts({"a": statuses}), verdicts({"a": statuses}, {"a": [penalty * i for i in range(4)]})
+    assert grade(plain, [trace("a")]) == grade(shaped, [trace("a")])
+    routed = [[(r["route"], r["item_id"], r["correct"]) for r in route(t, [trace("a")])] for t in (plain, shaped)]
+    assert routed[0] == routed[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.floats(-100, 100, width=32)), min_size=4, max_size=4),
+    st.sampled_from(["std", "none"]),
+)
+def test_the_advantage_in_sql_is_that_of_the_trainer(group: list[tuple[bool, float]], scale: str) -> None:
+    statuses = ["ok" if ok else "wrong" for ok, _ in group]
+    rows = route(verdicts({"a": statuses}, {"a": [r for _, r in group]}), scale=scale)
+    if 0 < statuses.count("ok") < 4:
+        want = grpo_advantages(torch.tensor([r for _, r in group], dtype=torch.float64), scale=scale)
+        got = torch.tensor([r["advantage"] for r in rows], dtype=torch.float64)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    else:
+        assert rows == []
+
+
+def test_shards_hold_whole_groups_and_every_fitting_trace() -> None:
+    tables = verdicts({"a": ["ok", "wrong", "ok", "wrong"], "b": ["wrong"] * 4, "c": ["ok"] * 4})
+    rows = route(tables, [trace("b"), trace("b", "u"), trace("b", "u", 99, 1), trace("a"), trace("c")])
+    assert [(r["route"], r["item_id"]) for r in rows] == [
+        ("rl", "a0"), ("rl", "a1"), ("rl", "a2"), ("rl", "a3"), ("sft", "b-t0"), ("sft", "b-u0"),
+    ]  # fmt: skip
+    rl, sft = rows[0], rows[-1]
+    assert (rl["temperature"], rl["group_size"], rl["w_sft"], rl["w_grpo"], rl["w_gal"]) == (0.7, 4, 0.0, 1.0, 1.0)
+    assert (sft["temperature"], sft["old_logprobs"], sft["w_sft"], sft["w_grpo"], sft["teacher"]) == (
+        1.0,
+        None,
+        1.0,
+        0.0,
+        "u",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"route": "x"}, "route is neither rl nor sft"),
+        ({"group_size": 3}, "the group is not whole"),
+        ({"old_logprobs": None}, "an rl row without old_logprobs"),
+        ({"old_logprobs": [0.0]}, "old_logprobs and tokens differ in length"),
+        ({"tokens": [], "old_logprobs": []}, "no response token"),
+        ({"w_grpo": float("nan")}, "a weight is not finite"),
+        ({"w_gal": -1.0}, "a weight is negative"),
+        ({"prompt_id": "stranger"}, "not a train prompt"),
+    ],
+)
+def test_the_check_on_shards_returns_the_offenders(change: dict, why: str) -> None:
+    tables = verdicts({"a": ["ok", "wrong", "ok", "wrong"]})
+    prompts = [
+        {"prompt_id": "a", "messages": [], "answer": "", "verifier": "v", "source": "s", "split": "train", "metadata": None}
+    ]
+    con = database({"prompts": prompts}, [])
+    rows = route(tables)
+    for routed, expected in ((rows, 0), ([{**rows[0], **change}, *rows[1:]], 1)):
+        con.register("routed_in", pa.Table.from_pylist(routed, schema=ARROW["shards"]))
+        con.execute("create or replace table routed as select * from routed_in")
+        found = [r["why"] for r in ask(con, sql("checks/shards")).to_pylist()]
+        assert len(found) >= expected
+        assert (why in found) == bool(expected)
