@@ -16,7 +16,7 @@ demo: $(VENV)/ready  ## DYPO's whole job on the embedded policy, about two minut
 	$(BIN)/dypo run recipes/tiny.toml
 
 test: $(VENV)/ready check  ## checks, then every fast test
-	$(BIN)/python -m pytest -m "not slow and not vllm and not chromium"
+	$(BIN)/python -m pytest -m "not slow and not vllm and not chromium" --ignore tests/schemas
 
 check: $(VENV)/ready  ## lint, format, types, import layers, recipes, rendered docs
 	$(BIN)/ruff check .
@@ -24,6 +24,7 @@ check: $(VENV)/ready  ## lint, format, types, import layers, recipes, rendered d
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python docs/render.py --check
+	$(BIN)/python -m pytest tests/schemas tests/test_layers.py
 
 docs: $(VENV)/ready  ## render docs/data.md and docs/recipe.md from schemas/
 	$(BIN)/python docs/render.py

@@ -1,7 +1,7 @@
 """`make real`: a real policy, real problems, two real teachers, one round and a refresh. Under 40 minutes on 2 cores.
 
-Fetches and converts the policy, serves the second teacher on a free loopback port in a process of its own, runs
-recipes/smollm2.toml through the command, stops the server, and prints what docs/results/smollm2.md records.
+Fetches and converts the policy, serves the second teacher on a free loopback port in a process of its own while
+traces are generated, then runs recipes/smollm2.toml through the command, and prints what docs/results/smollm2.md records.
 """
 
 import subprocess
@@ -54,10 +54,13 @@ def main() -> int:
             print("the teacher's server did not start; its message is above", file=sys.stderr)
             return 1
         setting = f"teachers.server.engine.base_url='{address}'"
-        done = subprocess.run([python, "-m", "pipeline", "run", str(RECIPE), "--set", setting], cwd=ROOT)
+        dypo = [python, "-m", "pipeline"]
+        subprocess.run([*dypo, "ingest", str(RECIPE)], cwd=ROOT, check=True)
+        subprocess.run([*dypo, "generate", "teachers", str(RECIPE), "--set", setting], cwd=ROOT, check=True)
     finally:
         server.terminate()
         server.wait()
+    done = subprocess.run([*dypo, "run", str(RECIPE)], cwd=ROOT)
     if done.returncode == 0:
         for title, query in QUESTIONS.items():
             print(f"\n## {title}\n", flush=True)

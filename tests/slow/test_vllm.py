@@ -15,6 +15,7 @@ from pipeline.engines.vllm import VLLMSampler
 from pipeline.policy import Renderer
 from schemas.errors import WorkError
 from schemas.recipe import HFEngine, Policy, VLLMEngine
+from tests.tiny_runs import ROOT, dypo, table, write_recipe
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
 
@@ -140,3 +141,38 @@ def test_the_same_seed_gives_the_same_ids_and_only_what_is_missing_is_sampled(ru
 def test_a_wrong_reference_is_refused_before_sampling(run: Run) -> None:
     assert "refused to sample" in run.refusal
     assert "temperature 0.7" in run.refusal
+
+
+@pytest.fixture(scope="module")
+def command_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dypo generate rollouts` with engine vllm at T = 0.7, on the embedded policy, by the real command."""
+    pytest.importorskip("vllm", reason="needs the second environment: make venv-vllm")
+    path = tmp_path_factory.mktemp("command")
+    engine = 'engine = { type = "vllm", enforce_eager = true, max_logprob_difference = 1e-3 }\ntemperature = 0.7'
+    recipe = write_recipe(
+        path,
+        **{'engine = { type = "hf", batch_sequences = 40 }': engine, "prompts_per_round = 40": "prompts_per_round = 12"},
+    )
+    dypo("ingest", recipe)
+    dypo("generate", "rollouts", recipe, timeout=900)
+    return path / "run"
+
+
+def test_the_command_writes_vllm_rows_of_the_same_shape_whose_log_probs_are_the_trainers(command_run: Path) -> None:
+    from trainer.api import sequence_logprobs
+
+    rows = table(command_run, "rollouts")
+    assert rows.height == 12 * 4
+    assert set(rows["engine"]) == {"vllm"}
+    assert rows["seed"].null_count() == 0
+    for row in rows.to_dicts():
+        again = sequence_logprobs(ROOT / "data" / "tiny_policy", row["prompt_tokens"], row["tokens"], 0.7)
+        assert max(abs(a - b) for a, b in zip(again, row["logprobs"], strict=True)) < 1e-3
+
+
+def test_the_manifest_says_how_vllm_was_run(command_run: Path) -> None:
+    from pipeline.store import partition
+
+    manifest = partition(command_run, "rollouts", {"round": 0}).manifest()
+    assert manifest is not None
+    assert manifest.facts["sampling"]["chunked_prefill"] is False
