@@ -12,11 +12,11 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: $(VENV)/ready  ## DYPO's whole job on the embedded policy, about two minutes; run folder runs/demo
-	rm -rf runs/demo
+	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
 	$(BIN)/dypo run recipes/tiny.toml
 
 test: $(VENV)/ready check  ## checks, then every fast test
-	$(BIN)/python -m pytest -m "not slow and not vllm and not chromium" --ignore tests/schemas
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not vllm and not chromium" --ignore tests/schemas
 
 check: $(VENV)/ready  ## lint, format, types, import layers, recipes, rendered docs
 	$(BIN)/ruff check .

@@ -70,12 +70,19 @@ def _leave(code: int) -> None:
 def _writing(target: Path, overrides: list[str] | None) -> "Iterator[Context]":
     """A run to write to: recipe parsed, folder locked, recipe saved before anything runs."""
     from pipeline.context import load, save
-    from pipeline.store import lock
+    from pipeline.store import lock, publish
 
     ctx = load(target, overrides)
+    path = ctx.run / "recipe.toml"
     with lock(ctx.run):
+        before = path.read_text() if path.exists() else None
         save(ctx)
-        yield ctx
+        try:
+            yield ctx
+        except UserError:  # refused: what was set stays out of the run
+            if before is not None:
+                publish(path, lambda p: p.write_text(before))
+            raise
 
 
 def _tell(outcomes: "Iterable[Outcome]", as_json: bool) -> None:
@@ -219,6 +226,7 @@ def eval(
         int | None, typer.Option("--step", min=0, help="updates done; (round 0, step 0) is the base policy")
     ] = None,
     set: Set = None,
+    regenerate: Regenerate = False,
     as_json: Json = False,
 ) -> None:
     """avg@n and pass@k with intervals on the eval suites; default: the newest checkpoint."""
@@ -230,7 +238,7 @@ def eval(
             round = step = 0
         r = ctx.trained_rounds() - 1 if round is None else round
         s = (final_step(ctx, r) if ctx.round_end(r) else 0) if step is None else step
-        _tell(evaluate.run(ctx, r, s, reference=_reference(ctx)), as_json)
+        _tell(evaluate.run(ctx, r, s, regenerate=regenerate, reference=_reference(ctx)), as_json)
 
 
 # ---------------------------------------------------------------- looking

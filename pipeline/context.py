@@ -57,6 +57,12 @@ class Context:
             raise UserError(f"{part.folder}: no such checkpoint. There are: {have}")
         return part.folder, str(manifest.facts["policy"])
 
+    def verify_policy(self, folder: Path) -> None:
+        """Hashes a checkpoint of ours against its manifest; the base policy's content id is its own check."""
+        for part in partitions(self.run, "checkpoints"):
+            if part.folder == folder:
+                part.verify()
+
     def trained_rounds(self) -> int:
         """Rounds of training finished, counted from 0 without a gap."""
         n = 0

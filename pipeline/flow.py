@@ -27,12 +27,12 @@ def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: 
     yield ingest.run(ctx)
     yield from generate.teachers(ctx, regenerate=regenerate)
     if ctx.recipe.eval.suites:
-        yield from evaluate.run(ctx, 0, 0, reference=reference)
+        yield from evaluate.run(ctx, 0, 0, regenerate=regenerate, reference=reference)
     for round in range(ctx.recipe.rounds):
         yield from refresh(ctx, round, regenerate=regenerate, reference=reference)
-        yield from train.run(ctx, round, trainer, regenerate=regenerate)
+        yield from train.run(ctx, round, trainer, regenerate=regenerate, empty_ok=True)
         if due_for_eval(ctx, round):
-            yield from evaluate.run(ctx, round, final_step(ctx, round), reference=reference)
+            yield from evaluate.run(ctx, round, final_step(ctx, round), regenerate=regenerate, reference=reference)
 
 
 def due_for_eval(ctx: Context, round: int) -> bool:

@@ -1,10 +1,11 @@
 """plan and status: what lies in the run, what would run and why, with rows, tokens, disk and an estimate of time.
 
-It computes the same specs as the stages do and runs nothing. What waits for something says for what. Time comes from
-the rates that earlier partitions of the same table recorded; with none measured yet it is left open.
+It computes the same specs as the stages do and runs nothing. What waits for something says for what, and what was made
+from something that would be made again is stale with it. Time comes from the rates that earlier partitions of the same
+table recorded; with none measured yet it is left open.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.context import Context
 from pipeline.flow import due_for_eval, final_step
 from pipeline.stage import Spec, changes, found_fingerprint
 from pipeline.stages import evaluate, generate, grade, ingest, score, train
-from pipeline.store import partitions
+from pipeline.store import partitions, read_parts
 from schemas.errors import UserError
 
 BYTES_PER_TOKEN = 4.1  # id + float32 log-prob after byte-stream split and zstd: 0.51 of 8 bytes (measured)
@@ -33,130 +34,153 @@ class Planned:
     seconds: float | None = None
 
 
-def plan(ctx: Context) -> Iterator[Planned]:
-    """Every partition that `dypo run` would make, in order."""
-    r = ctx.recipe
-    yield _look(ctx, "ingest", "prompts", {}, lambda: ingest.spec(ctx), None)
-    train_rows = _count(ctx, "train")
-    for t in r.teachers:
-        rows = None if train_rows is None else train_rows * t.samples
-        most = getattr(t.engine, "max_tokens", None)
-        yield _look(ctx, "teachers", "traces", {"teacher": t.name}, lambda t=t: generate.teacher_spec(ctx, t), rows, most)
-    yield from _plan_eval(ctx, 0, 0)
-    per_round = train_rows
-    if r.rollouts.prompts_per_round is not None:
-        per_round = min(r.rollouts.prompts_per_round, train_rows or r.rollouts.prompts_per_round)
-    for n in range(r.rounds):
-        rows = None if per_round is None else per_round * r.rollouts.k
-        key = {"round": n}
-        yield _look(ctx, "rollouts", "rollouts", key, lambda n=n: generate.rollout_spec(ctx, n), rows, r.rollouts.max_tokens)
-        yield _score(ctx, "rollout", "rollouts", key, rows)
-        for t in r.teachers if n == 0 else ():
-            have = None if train_rows is None else train_rows * t.samples
-            yield _score(ctx, "trace", "traces", {"teacher": t.name}, have)
-        yield _look(ctx, "grade", "grades", key, lambda n=n: grade.grade_spec(ctx, n), per_round)
-        for route in ("rl", "sft"):
-            yield _look(
-                ctx, "route", "shards", {**key, "route": route}, lambda n=n, route=route: _route_spec(ctx, n, route), None
+def plan(ctx: Context) -> list[Planned]:
+    """Every partition that `dypo run` would make, and further rounds that lie on disk, in order."""
+    return _Plan(ctx).all()
+
+
+class _Plan:
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.rows: list[Planned] = []
+        self.unsettled: set[str] = set()  # labels of what would be made
+
+    def all(self) -> list[Planned]:
+        r = self.ctx.recipe
+        self.look("ingest", "prompts", {}, lambda: ingest.spec(self.ctx))
+        train_rows = self.prompts("train")
+        for t in r.teachers:
+            wanted = None if train_rows is None or t.engine.type == "replay" else train_rows * t.samples
+            most = getattr(t.engine, "max_tokens", None)
+            self.look(
+                "teachers", "traces", {"teacher": t.name}, lambda t=t: generate.teacher_spec(self.ctx, t), wanted, most
             )
+        self.evals(0, 0, ())
+        for n in range(max(r.rounds, *(1 + n for n in self.rounds_on_disk()), 0)):
+            self.round(n, train_rows)
+        return self.rows
+
+    def rounds_on_disk(self) -> list[int]:
+        return [int(dict(p.keys)["round"]) for p in partitions(self.ctx.run, "rollouts")]
+
+    def round(self, n: int, train_rows: int | None) -> None:
+        ctx, r = self.ctx, self.ctx.recipe
+        key = {"round": n}
+        drawn = r.rollouts.prompts_per_round
+        prompts = drawn if train_rows is None else min(drawn or train_rows, train_rows)
+        wanted = None if prompts is None else prompts * r.rollouts.k
+        sampled = (f"checkpoints/round={n - 1}",) if n else ()
+        spec = lambda: generate.rollout_spec(ctx, n)  # noqa: E731
+        self.look("rollouts", "rollouts", key, spec, wanted, r.rollouts.max_tokens, sampled)
+        self.score("rollout", "rollouts", key, wanted)
+        for t in r.teachers if n == 0 else ():
+            traces = None if train_rows is None or t.engine.type == "replay" else train_rows * t.samples
+            self.score("trace", "traces", {"teacher": t.name}, traces)
+        self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts)
+        for route in ("rl", "sft"):
+            self.look("route", "shards", {**key, "route": route}, lambda route=route: self.route_spec(n, route))
         if r.train.method.needs_reference:
-            yield _look(ctx, "logprobs", "logprobs", {**key, "role": "ref"}, lambda n=n: _logprob_spec(ctx, n), None)
-        yield _look(ctx, "train", "checkpoints", key, lambda n=n: train.spec(ctx, n), None)
+            self.look("logprobs", "logprobs", {**key, "role": "ref"}, lambda: self.logprob_spec(n))
+        self.look("train", "checkpoints", key, lambda: train.spec(ctx, n), after=sampled)
         if due_for_eval(ctx, n):
-            yield from _plan_eval(ctx, n, final_step(ctx, n) if ctx.round_end(n) else r.train.steps)
+            step = final_step(ctx, n) if ctx.round_end(n) else r.train.steps
+            self.evals(n, step, (f"checkpoints/round={n}",))
+
+    def evals(self, round: int, step: int, after: tuple[str, ...]) -> None:
+        ctx = self.ctx
+        for suite in ctx.recipe.eval.suites:
+            keys = {"round": round, "step": step, "suite": suite.name}
+            prompts = self.prompts("eval", suite.sources)
+            wanted = None if prompts is None else min(prompts, suite.limit or prompts) * suite.n
+            spec = lambda s=suite: evaluate.sample_spec(ctx, s, round, step)  # noqa: E731
+            self.look("eval_rollouts", "eval_rollouts", keys, spec, wanted, ctx.recipe.eval.max_tokens, after)
+            self.score("eval", "eval_rollouts", keys, wanted)
+            self.look(
+                "eval",
+                "evals",
+                keys,
+                lambda s=suite: self.eval_spec(s, round, step),
+                after=(f"scores/kind=eval/{_path(keys)}",),
+            )
+
+    def score(self, kind: str, table: str, keys: dict[str, Any], wanted: int | None) -> None:
+        part = self.ctx.part(table, **keys)
+        self.look("score", "scores", {"kind": kind, **keys}, lambda: score.spec(self.ctx, kind, part), wanted)
+
+    def prompts(self, split: str, sources: list[str] | None = None) -> int | None:
+        part = self.ctx.part("prompts")
+        if part.manifest() is None:
+            return None
+        rows = read_parts(part.files(), "prompts", ["split", "source"]).to_pylist()
+        return sum(r["split"] == split and (sources is None or r["source"] in sources) for r in rows)
+
+    def route_spec(self, round: int, route: str) -> Spec:
+        grades = self.ctx.part("grades", round=round).manifest()
+        if grades is None:
+            raise UserError(f"waits for grades/round={round}")
+        return grade.route_spec(self.ctx, round, route, grades.identity)
+
+    def logprob_spec(self, round: int) -> Spec:
+        if self.ctx.part("shards", round=round, route="rl").manifest() is None:
+            raise UserError(f"waits for shards/round={round}")
+        return train.logprob_spec(self.ctx, round)
+
+    def eval_spec(self, suite: Any, round: int, step: int) -> Spec:
+        if self.ctx.part("scores", kind="eval", round=round, step=step, suite=suite.name).manifest() is None:
+            raise UserError("waits for its verdicts")
+        return evaluate.spec(self.ctx, suite, round, step)
+
+    def look(
+        self,
+        stage: str,
+        table: str,
+        keys: dict[str, Any],
+        make: Callable[[], Spec],
+        wanted: int | None = None,
+        most: int | None = None,
+        after: tuple[str, ...] = (),
+    ) -> None:
+        """Compares what a stage would make with what lies there. `after`: labels that it depends on beside its parents."""
+        part = self.ctx.part(table, **keys)
+        manifest = part.manifest()
+        have = manifest.rows if manifest else 0
+        try:
+            it = make()
+        except UserError as e:
+            why = str(e).splitlines()[0].replace(f"{self.ctx.run}/", "").replace(str(self.ctx.run), "the run")
+            return self.add(Planned(stage, part.label, "stale" if manifest else "waits", why, have, wanted))
+        left = None if wanted is None else max(wanted - have, 0)
+        found = train.found(it) if stage == "train" else found_fingerprint(part)
+        again = sorted(self.unsettled & {*it.parents, *after})
+        if manifest and manifest.fingerprint != it.fingerprint:
+            state, why, left = "stale", changes(it, manifest), wanted
+        elif again:
+            state, why = "stale" if manifest else "waits", f"waits for {again[0]}, which would be made"
+        elif manifest and left is not None and left > manifest.failed:
+            state, why = "partial", f"{left} rows are missing from its work list"
+        elif manifest:
+            return self.add(Planned(stage, part.label, "done", f"fingerprint {it.fingerprint[:12]}", have, have))
+        elif found is not None:
+            state, why = (
+                "partial",
+                "was cut off; goes on" if found == it.fingerprint else "unfinished work of other settings",
+            )
+        else:
+            state, why = "due", "not made yet"
+        tokens = left * most if left is not None and most is not None else None
+        disk = None if tokens is None else int(tokens * BYTES_PER_TOKEN)
+        rate = _rate(self.ctx, table)
+        seconds = None if left is None or rate is None else left / rate
+        return self.add(Planned(stage, part.label, state, why, have, left, tokens, disk, seconds))
+
+    def add(self, row: Planned) -> None:
+        self.rows.append(row)
+        if row.state != "done":
+            self.unsettled.add(row.partition)
 
 
-def _plan_eval(ctx: Context, round: int, step: int) -> Iterator[Planned]:
-    for suite in ctx.recipe.eval.suites:
-        keys = {"round": round, "step": step, "suite": suite.name}
-        prompts = _count(ctx, "eval", suite.sources)
-        rows = None if prompts is None else min(prompts, suite.limit or prompts) * suite.n
-        most = ctx.recipe.eval.max_tokens
-        yield _look(
-            ctx,
-            "eval_rollouts",
-            "eval_rollouts",
-            keys,
-            lambda s=suite: evaluate.sample_spec(ctx, s, round, step),
-            rows,
-            most,
-        )
-        yield _score(ctx, "eval", "eval_rollouts", keys, rows)
-        yield _look(ctx, "eval", "evals", keys, lambda s=suite: _eval_spec(ctx, s, round, step), None)
-
-
-def _count(ctx: Context, split: str, sources: list[str] | None = None) -> int | None:
-    part = ctx.part("prompts")
-    if part.manifest() is None:
-        return None
-    from pipeline.store import read_parts
-
-    rows = read_parts(part.files(), "prompts", ["split", "source"]).to_pylist()
-    return sum(r["split"] == split and (sources is None or r["source"] in sources) for r in rows)
-
-
-def _score(ctx: Context, kind: str, table: str, keys: dict[str, Any], rows: int | None) -> Planned:
-    return _look(
-        ctx, "score", "scores", {"kind": kind, **keys}, lambda: score.spec(ctx, kind, ctx.part(table, **keys)), rows
-    )
-
-
-def _route_spec(ctx: Context, round: int, route: str) -> Spec:
-    grades = ctx.part("grades", round=round).manifest()
-    if grades is None:
-        raise UserError(f"waits for grades of round {round}")
-    return grade.route_spec(ctx, round, route, grades.identity)
-
-
-def _logprob_spec(ctx: Context, round: int) -> Spec:
-    if ctx.part("shards", round=round, route="rl").manifest() is None:
-        raise UserError(f"waits for shards of round {round}")
-    return train.logprob_spec(ctx, round)
-
-
-def _eval_spec(ctx: Context, suite: Any, round: int, step: int) -> Spec:
-    if ctx.part("scores", kind="eval", round=round, step=step, suite=suite.name).manifest() is None:
-        raise UserError("waits for its verdicts")
-    return evaluate.spec(ctx, suite, round, step)
-
-
-def _look(
-    ctx: Context,
-    stage: str,
-    table: str,
-    keys: dict[str, Any],
-    make: Callable[[], Spec],
-    rows: int | None,
-    most: int | None = None,
-) -> Planned:
-    """Compares what a stage would make with what lies there."""
-    part = ctx.part(table, **keys)
-    manifest = part.manifest()
-    have = manifest.rows if manifest else 0
-    try:
-        it = make()
-    except UserError as e:
-        why = str(e).splitlines()[0].replace(f"{ctx.run}/", "").replace(str(ctx.run), "the run")
-        return Planned(stage, part.label, "stale" if manifest else "waits", why, have, rows)
-    left = None if rows is None else max(rows - have, 0)
-    if manifest and manifest.fingerprint != it.fingerprint:
-        state, why, left = "stale", changes(it, manifest), rows
-    elif manifest and left and table != "grades" and left > manifest.failed and stage != "teachers":
-        state, why = "partial", f"{left} rows are missing from its work list"
-    elif manifest:
-        return Planned(stage, part.label, "done", f"fingerprint {it.fingerprint[:12]}", have, have)
-    elif (found := found_fingerprint(part)) is not None:
-        same = found == it.fingerprint
-        state, why = "partial", "was cut off; goes on" if same else "unfinished work of other settings lies there"
-    else:
-        state, why = "due", "not made yet"
-    tokens = left * most if left is not None and most is not None else None
-    rate = _rate(ctx, table)
-    return Planned(
-        stage, part.label, state, why, have, left, tokens,
-        None if tokens is None else int(tokens * BYTES_PER_TOKEN),
-        None if left is None or rate is None else left / rate,
-    )  # fmt: skip
+def _path(keys: dict[str, Any]) -> str:
+    return "/".join(f"{k}={v}" for k, v in keys.items())
 
 
 def _rate(ctx: Context, table: str) -> float | None:

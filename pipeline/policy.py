@@ -140,7 +140,10 @@ class Renderer:
         return rendered, tuple(self._ids(rendered))
 
     def _ids(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as e:  # the tokenizers library raises nothing narrower
+            raise UserError(f"{self.folder}: its tokenizer cannot encode {text[:80]!r}: {e}. Leave this text out") from None
 
     def _read_eos(self) -> tuple[int, ...]:
         """What ends a response: generation_config.json's ids, else the tokenizer's own."""

@@ -4,7 +4,6 @@ A stage is a function of complete upstream partitions and a slice of the recipe.
 it with what lies on disk (nothing / the same / something else), `finish` writes the manifest last.
 """
 
-import shutil
 import subprocess
 import time
 from collections import Counter
@@ -140,10 +139,19 @@ def restore(spec: Spec) -> None:
         move(kept, part.folder)
 
 
+def set_aside(spec: Spec) -> None:
+    """Moves a partition of this very fingerprint away for good: its rows are not to be found again."""
+    part = spec.partition
+    move(part.folder, part.run / "superseded" / spec.stage / "set_aside" / part.label)
+
+
 def move(source: Path, target: Path) -> None:
-    """Renames a folder; one that lies at the target already is an older copy of the same fingerprint and gives way."""
+    """Renames a folder. One that lies at the target already (an older copy of the same fingerprint) is kept under a number."""
     if target.exists():
-        shutil.rmtree(target)
+        n = 1
+        while (older := target.with_name(f".{target.name}.{n}")).exists():
+            n += 1
+        target.rename(older)
     target.parent.mkdir(parents=True, exist_ok=True)
     source.rename(target)
 
@@ -169,9 +177,10 @@ def finish(spec: Spec, *, failed: int = 0, facts: dict[str, Any] | None = None, 
     before = part.manifest()
     known = {p.name: p for p in before.parts} if before else {}
     paths = sorted(parts_of(spec))
-    keys = read_parts(paths, part.table, list(TABLES[part.table].key))
-    rows = list(zip(*(c.to_pylist() for c in keys.columns), strict=True))
-    if len(set(rows)) != len(rows):
+    declared = TABLES[part.table]
+    columns = read_parts(paths, part.table, [*declared.key, *declared.content]).columns
+    rows = list(zip(*(c.to_pylist() for c in columns), strict=True))
+    if len({r[: len(declared.key)] for r in rows}) != len(rows):
         raise AssertionError(f"{part.folder}: a key of {part.table} stands twice; this is a bug in dypo")
     parts = []
     for path in paths:

@@ -102,7 +102,7 @@ class Partition:
         """Publishes rows as one part: cast to the table's schema, written to a temporary name, fsynced, renamed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if name is None:
-            taken = [int(p.name[5:10]) for p in self.folder.glob("part-?????.parquet")]
+            taken = [int(p.stem[5:]) for p in self.folder.glob("part-*.parquet")]
             name = f"part-{max(taken, default=-1) + 1:05d}.parquet"
         schema = ARROW[self.table]
         columns = [rows.column(f.name).cast(f.type) for f in schema]
@@ -217,6 +217,8 @@ def partitions(run: Path, table: str) -> list[Partition]:
     root = run / table
     found = []
     for path in root.rglob(MANIFEST) if root.exists() else []:
+        if any(p.startswith(".") for p in path.relative_to(root).parts):
+            continue  # what a killed writer left behind
         pairs = [p.split("=", 1) for p in path.parent.relative_to(root).parts]
         numbers = ("round", "step")
         found.append(Partition(run, table, tuple((k, int(v) if k in numbers else v) for k, v in pairs)))
@@ -275,8 +277,14 @@ def connect(run: Path | str) -> "duckdb.DuckDBPyConnection":
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
     """One writer at a time. UserError at once if another dypo process is writing to this run."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "a+") as f:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        f = open(run / ".lock", "a+")  # noqa: SIM115  closed below
+    except OSError as e:
+        raise UserError(
+            f"{run}: the run folder cannot be written to ({e.strerror}). Choose another with --set run=..."
+        ) from None
+    with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

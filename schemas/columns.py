@@ -45,7 +45,8 @@ class Column:
 class Table:
     """One table: what a row is (grain), its unique key, the columns that name its partitions, its columns.
 
-    Partition columns are in the files too, so a stray file says all by itself.
+    Partition columns are in the files too, so a stray file says all by itself. `content` names columns that a row made
+    again under the same key might hold otherwise (a teacher's server answers anew), and that others depend on.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Table:
     key: tuple[str, ...]
     partitions: tuple[str, ...]
     columns: tuple[Column, ...]
+    content: tuple[str, ...] = ()
 
     def arrow(self) -> pa.Schema:
         """The Arrow schema, nullability included, stamped with the table's name and schema version."""

@@ -23,8 +23,13 @@ def row_id(*parts: Any) -> str:
 
 
 def rows_digest(keys: Iterable[Sequence[Any]]) -> str:
-    """What a partition holds, whatever its division into parts: a hash of its sorted keys."""
+    """What a partition holds, whatever its division into parts: a hash of its sorted keys and contents."""
     return digest(sorted(list(k) for k in keys))
+
+
+def text_sha(text: str) -> str:
+    """What a verdict says that it judged."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def seed_from(*parts: Any) -> int:

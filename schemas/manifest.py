@@ -20,7 +20,7 @@ class Manifest(BaseModel):
     """What made a partition and what is in it.
 
     `fingerprint` hashes the stage's version, its slice of the recipe, its parents and the seed: what each row depends on.
-    `rows_digest` hashes the sorted row keys: raising k adds rows and leaves the fingerprint alone.
+    `rows_digest` hashes the sorted row keys and contents: raising k adds rows and leaves the fingerprint alone.
     `identity` is both, and is what a stage that aggregates (grade, route, train) names as its parent.
     """
 

@@ -265,7 +265,12 @@ class DypoMethod(Model):
     def _fill_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return _merge(PRESETS.get(values.get("preset", "default"), {}), values)
+        preset = dict(PRESETS.get(values.get("preset", "default"), {}))
+        if values.get("schedule") == "joint":
+            preset.pop("sft_lr", None)  # TOML cannot say "none", so what the user gives instead does
+        if "alpha" in values and "gal_weight" not in values:
+            preset.pop("gal_weight", None)
+        return _merge(preset, values)
 
     @property
     def gal_coefficient(self) -> float:

@@ -51,6 +51,7 @@ traces = Table(
         C("model", S, "what the teacher says it is"),
         C("sampling", S, "JSON text: temperature, top_p, max_tokens, seed"),
     ),
+    content=("text",),
 )
 
 _rollout = (
@@ -69,7 +70,9 @@ _rollout = (
     C("top_p", F64, "1 for training rollouts"),
     C("seed", I64, "the prompt's seed; samples are derived from it; null: not reproducible", nullable=True),
 )
-rollouts = Table("rollouts", "one sample of the policy for one train prompt", ("rollout_id",), ("round",), _rollout)
+rollouts = Table(
+    "rollouts", "one sample of the policy for one train prompt", ("rollout_id",), ("round",), _rollout, content=("text",)
+)
 
 _step = C("step", I32, "optimizer updates done in the round")
 _suite = C("suite", S, "name of the recipe's eval suite")
@@ -79,6 +82,7 @@ eval_rollouts = Table(
     ("rollout_id",),
     ("round", "step", "suite"),
     (*_rollout, _step, _suite),
+    content=("text",),
 )
 
 scores = Table(
@@ -94,6 +98,7 @@ scores = Table(
         C("step", I32, "step of an eval rollout, else null", nullable=True),
         C("suite", S, "suite of an eval rollout, else null", nullable=True),
         C("teacher", S, "teacher of a trace, else null", nullable=True),
+        C("text_sha", S, "sha256 of the text that was judged (16 hex digits)"),
         C("status", S, " | ".join(STATUSES)),
         C("reward", F64, "the verifier's number; 1 or 0 for the binary ones"),
         C("correct", B, "the verdict that grading counts; true exactly when status is ok"),
@@ -103,6 +108,7 @@ scores = Table(
         C("elapsed_ms", F64, "time the verdict took"),
         C("detail", S, "why, for any status but ok and wrong", nullable=True),
     ),
+    content=("text_sha", "status", "reward"),
 )
 
 grades = Table(

@@ -34,12 +34,16 @@ COPIED = (
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where training stands. ended: why the round is over (RoundEnd.reason), or None while it goes on."""
+    """Where training stands. ended: why the round is over (RoundEnd.reason), or None while it goes on.
+
+    before: steps really taken in the rounds before this one, which a round that ends early makes fewer than planned.
+    """
 
     round: int
     steps: int
     ended: str | None
     cursor: Cursor
+    before: int = 0
     version: int = VERSION
 
 
@@ -49,6 +53,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers, stat
         raise TypeError(f"a checkpoint is a Hugging Face folder; {type(model).__name__} has no save_pretrained")
     with quiet():
         model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # the start's own, or none: it names the stop tokens
     for pattern in COPIED:
         for source in sorted(start.glob(pattern)):
             if source.is_dir():

@@ -46,7 +46,9 @@ class Journal:
 
     def flush(self) -> None:
         """Writes what was collected since the last flush."""
+        if not self._metrics:
+            return
+        name = f"{self._metrics[0]['step']:06d}"  # the same for both, even where no row was drawn (queues that fill)
         for table, rows in (("draws", self._draws), ("metrics", self._metrics)):
-            if rows:
-                self._sink.write(table, pa.Table.from_pylist(rows, ARROW[table]), f"{rows[0]['step']:06d}")
+            self._sink.write(table, pa.Table.from_pylist(rows, ARROW[table]), name)
             rows.clear()

@@ -35,16 +35,25 @@ def base_rate(method: DypoMethod, optimizer: str) -> float:
     return method.sft_lr if optimizer == "sft" and method.sft_lr is not None else method.lr
 
 
-def learning_rate(settings: Optimizer, base: float, *, step: int, total: int) -> float:
-    """The rate at a step of the run, from 0: linear warm-up to `base`, then the decay; final_fraction at the last step."""
-    if step < settings.warmup_steps:
-        return base * (step + 1) / settings.warmup_steps
-    if settings.decay == "constant":
-        return base
+def learning_rate(settings: Optimizer, base: float, *, step: int, total: int, taken: int | None = None) -> float:
+    """The rate at a planned step of the run, from 0: linear warm-up to `base`, then the decay; final_fraction at the last.
+
+    taken: steps really made before this one, if rounds that ended early made them fewer than planned. Warm-up counts
+    these, so that it is not skipped; the decay keeps to the plan.
+    """
+    taken = step if taken is None else taken
+    if taken < settings.warmup_steps:
+        return base * min((taken + 1) / settings.warmup_steps, _decay(settings, step=step, total=total))
+    return base * _decay(settings, step=step, total=total)
+
+
+def _decay(settings: Optimizer, *, step: int, total: int) -> float:
+    if settings.decay == "constant" or step < settings.warmup_steps:
+        return 1.0
     last = total - 1 - settings.warmup_steps
     done = min(1.0, (step - settings.warmup_steps) / last) if last > 0 else 1.0
     left = 1 - done if settings.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return base * (settings.final_fraction + (1 - settings.final_fraction) * left)
+    return settings.final_fraction + (1 - settings.final_fraction) * left
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

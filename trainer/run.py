@@ -56,7 +56,7 @@ def train_round(job: TrainJob) -> RoundEnd:
         for update in step.updates:
             units = [shards.rows(visit.items) for visit in update.visits]
             drawn += [row for unit in units for row in unit]
-            seen[update.optimizer] = _update(job, model, optimizers, step, update, units)
+            seen[update.optimizer] = _update(job, model, optimizers, step, update, units, state.before + step.index)
         metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
         journal.add(step, drawn, metrics)
 
@@ -76,21 +76,22 @@ def _begin(job: TrainJob) -> tuple[nn.Module, Optimizers, TrainerState]:
     folder = done[max(done)] if done else job.start
     model = load_model(folder, job.policy)
     optimizers = build_optimizers(model, job.train.method, job.train.optimizer)
-    state = load_state(folder)
+    state = load_state(folder) if done or job.round > 0 else None  # the run's base policy brings weights only
     torch.manual_seed(seed_from("torch", job.seed, job.round))
     if state is not None:
         load_tensors(folder, model, optimizers, rng=bool(done))
     if not done:
-        state = TrainerState(round=job.round, steps=0, ended=None, cursor=Cursor())
+        taken = state.before + state.steps if state is not None else 0
+        state = TrainerState(round=job.round, steps=0, ended=None, cursor=Cursor(), before=taken)
     if state is None or (state.round, state.steps) != (job.round, max(done, default=0)):
         raise UserError(f"{folder}: its trainer/state.json is not that of round {job.round}, step {max(done, default=0)}")
     return model, optimizers, state
 
 
 def _update(
-    job: TrainJob, model: nn.Module, optimizers: Optimizers, step: Step, update: Update, units: list[Unit]
+    job: TrainJob, model: nn.Module, optimizers: Optimizers, step: Step, update: Update, units: list[Unit], taken: int
 ) -> Observed:
-    """One call of one optimizer."""
+    """One call of one optimizer; `taken` steps were really made before it in the run."""
     train = job.train
     seen = accumulate(
         model,
@@ -109,6 +110,7 @@ def _update(
         base_rate(train.method, update.optimizer),
         step=job.round * train.steps + step.index,
         total=job.rounds * train.steps,
+        taken=taken,
     )
     apply_update(optimizers[update.optimizer], rate=seen.rate, clip_norm=train.optimizer.clip_norm, norm=norm)
     return seen

@@ -86,7 +86,9 @@ def plan_round(shards: pa.Table, train: Train, *, seed: int, round: int) -> list
     prompts = _prompts(shards)
     if not prompts:
         return []
-    size = min(train.prompts_per_step, len(prompts))  # so that a short shard is not trained on twice in one step
+    size = min(
+        train.prompts_per_step, len(prompts)
+    )  # a shard shorter than a step is visited once; a step across two epochs may hold a prompt twice
     draws = _draws(prompts, seed=seed, round=round)
     joint = train.method.schedule == "joint"
     hard: deque[Visit] = deque()

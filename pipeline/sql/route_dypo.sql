@@ -17,18 +17,28 @@ with mid as (
         r.tokens,
         r.logprobs as old_logprobs,
         r.finish_reason,
-        s.reward,
-        s.correct,
-        s.reward - avg(s.reward) over grp as centred,
-        stddev_samp(s.reward) over grp as std,
-        max(s.reward) over grp = min(s.reward) over grp as flat,
-        cast(count(*) over grp as integer) as group_size
+        -- a truncated or unreadable answer has no reward of its own: the group's lowest, never more than a wrong one
+        case when s.status in ('ok', 'wrong') then s.reward else least(0.0, min(s.reward) over grp) end as reward,
+        s.correct
     from grades as g
     inner join rollouts as r on r.round = g.source_round and r.prompt_id = g.prompt_id and r.sample < $k
     inner join scores as s on s.kind = 'rollout' and s.id = r.rollout_id
     where g.round = $round and g.reason = 'rl'
     window grp as (
         partition by r.prompt_id order by r.sample
+        rows between unbounded preceding and unbounded following
+    )
+),
+mid_with_advantage as (
+    select
+        *,
+        reward - avg(reward) over grp as centred,
+        stddev_samp(reward) over grp as std,
+        max(reward) over grp = min(reward) over grp as flat,
+        cast(count(*) over grp as integer) as group_size
+    from mid
+    window grp as (
+        partition by prompt_id order by sample
         rows between unbounded preceding and unbounded following
     )
 ),
@@ -43,7 +53,7 @@ select
     prompt_tokens, tokens, old_logprobs, finish_reason, reward, correct,
     case when flat then 0e0 when $advantage_scale = 'std' then centred / (std + $eps) else centred end as advantage,
     group_size, 0e0 as w_sft, 1e0 as w_grpo, 1e0 as w_gal
-from mid
+from mid_with_advantage
 union all
 select
     round, source_round, 'sft' as route, prompt_id, trace_id as item_id, sample, teacher, policy, 1e0 as temperature,

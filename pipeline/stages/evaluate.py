@@ -27,7 +27,7 @@ def sample_spec(ctx: Context, suite: Suite, round: int, step: int) -> Spec:
     e = ctx.recipe.eval
     config = sampling_config(ctx, ctx.checkpoint(round, step)[1], Sampling(e.temperature, e.top_p, e.max_tokens))
     part = ctx.part("eval_rollouts", round=round, step=step, suite=suite.name)
-    return Spec("eval_rollouts", part, config, {}, ctx.recipe.seed)
+    return Spec("eval_rollouts", part, config, {}, ctx.recipe.seed, expensive=True)
 
 
 def spec(ctx: Context, suite: Suite, round: int, step: int) -> Spec:
@@ -43,7 +43,9 @@ def suite_prompts(ctx: Context, suite: Suite) -> list[dict[str, Any]]:
     return [r for r in prompt_rows(ctx, "eval") if r["source"] in suite.sources][: suite.limit]
 
 
-def run(ctx: Context, round: int, step: int, *, reference: Callable | None = None) -> list[Outcome]:
+def run(
+    ctx: Context, round: int, step: int, *, regenerate: bool = False, reference: Callable | None = None
+) -> list[Outcome]:
     """Evaluates the checkpoint of (round, step) on every suite; (0, 0) is the base policy."""
     suites = ctx.recipe.eval.suites
     if not suites:
@@ -60,7 +62,7 @@ def run(ctx: Context, round: int, step: int, *, reference: Callable | None = Non
         outcomes.append(
             sample_policy(
                 ctx, it, work, Sampling(e.temperature, e.top_p, e.max_tokens), ctx.checkpoint(round, step), keys,
-                reference=reference,
+                regenerate=regenerate, reference=reference,
             )
         )  # fmt: skip
     parts = [ctx.part("eval_rollouts", round=round, step=step, suite=s.name) for s in suites]

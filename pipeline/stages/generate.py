@@ -33,10 +33,17 @@ def teacher_spec(ctx: Context, teacher: Teacher) -> Spec:
     from pipeline.engines.teachers import content_id
 
     engine = teacher.engine.model_dump(mode="json", exclude=set(RUNNING))
+    parents = {}
+    if teacher.engine.type == "program":  # it sees answers and metadata, and is cheap to run again
+        engine["program"] = teacher.engine.program.rpartition(".py:")[2]
+        prompts = ctx.part("prompts").manifest()
+        if prompts is None:
+            raise UserError(f"{ctx.part('prompts').folder}: not there or not finished. Run `dypo ingest {ctx.run}` first")
+        parents["prompts"] = prompts.identity
     if (content := content_id(teacher)) is not None:
         engine |= {"content": content}
     part = ctx.part("traces", teacher=teacher.name)
-    return Spec("teachers", part, {"engine": engine}, {}, ctx.recipe.seed, expensive=teacher.engine.type == "openai")
+    return Spec("teachers", part, {"engine": engine}, parents, ctx.recipe.seed, expensive=teacher.engine.type == "openai")
 
 
 def prompt_rows(ctx: Context, split: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -145,9 +152,11 @@ def sample_policy(
     renderer = Renderer(folder)
     engine_config = ctx.recipe.rollouts.engine
     work = [replace(a, prompt_tokens=renderer.prompt_tokens(a.messages)) for a in work]
+    _refuse_long_prompts(folder, work)
     by_id = {a.prompt_id: a for a in work}
 
     def engine() -> Engine:
+        ctx.verify_policy(folder)
         if engine_config.type == "vllm":
             from pipeline.engines.vllm import VLLMSampler
 
@@ -218,6 +227,18 @@ def _generate(
     if outcome.action == "added" and outcome.added == 0 and not failures:
         return nothing(it)
     return outcome
+
+
+def _refuse_long_prompts(folder: Path, work: list[Ask]) -> None:
+    """UserError if a rendered prompt leaves the policy no room to answer."""
+    config = json.loads((folder / "config.json").read_text())
+    context = config.get("text_config", config).get("max_position_embeddings")
+    long = [a for a in work if context and len(a.prompt_tokens or ()) >= context]
+    if long:
+        raise UserError(
+            f"{folder}: {len(long)} prompts do not fit its context of {context} tokens; the first is {long[0].prompt_id} with "
+            f"{len(long[0].prompt_tokens or ())}: {long[0].messages[-1]['content'][:60]!r}. Remove them from their source"
+        )
 
 
 def _write(part: Partition, fingerprint: str, rows: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pipeline.context import Context
 from pipeline.policy import Renderer
 from pipeline.stage import Outcome, Spec, counts, current, make_table, need, nothing, restore
+from pipeline.stages.generate import round_prompts
 from pipeline.store import ask, open_views, sql
 from schemas.errors import UserError
 from schemas.ids import digest
@@ -47,6 +48,8 @@ def grade_spec(ctx: Context, round: int) -> Spec:
         "k": ctx.recipe.rollouts.k,
         "query": digest(query_text(g.query, "grade")),
         "tokenizer_of": ctx.base_policy,
+        "samples": {t.name: t.samples for t in ctx.recipe.teachers},
+        "prompts": digest([r["prompt_id"] for r in round_prompts(ctx, round)]),
     }
     parents = {}
     for table, keys in _inputs(ctx, round):
@@ -90,11 +93,11 @@ def run(ctx: Context, round: int) -> list[Outcome]:
     if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):
         return [nothing(it), *(nothing(r) for r in _route_specs(ctx, round, it))]
     traces = _fitting_traces(ctx, round)
-    graded = nothing(it) if current(it) else _grade(ctx, round, it, _connection(ctx, traces))
+    graded = nothing(it) if current(it) else _grade(ctx, round, it, _connection(ctx, round, traces))
     routes = _route_specs(ctx, round, it)
     if all(current(r) for r in routes):
         return [graded, *(nothing(r) for r in routes)]
-    return [graded, *_route(ctx, round, routes, _connection(ctx, traces))]
+    return [graded, *_route(ctx, round, routes, _connection(ctx, round, traces))]
 
 
 def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
@@ -106,29 +109,33 @@ def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
     return specs
 
 
-def _connection(ctx: Context, traces: pa.Table) -> "duckdb.DuckDBPyConnection":
-    """Views of the run as it is now, and the tokenised traces as the table `fitting_traces`."""
+def _connection(ctx: Context, round: int, traces: pa.Table) -> "duckdb.DuckDBPyConnection":
+    """Views of the run as it is now, the round's prompts, and the tokenised traces as the table `fitting_traces`."""
     con = open_views(ctx.run)
     con.execute("set threads = 1")  # byte-equal aggregates; grading is far from being the slow part
     con.register("fitting_traces_arrow", traces)
     con.execute("create table fitting_traces as select * from fitting_traces_arrow")
+    con.register("round_prompts", pa.table({"prompt_id": pa.array([r["prompt_id"] for r in round_prompts(ctx, round)], S)}))
     return con
 
 
 def _fitting_traces(ctx: Context, round: int) -> pa.Table:
     """Verified traces of the round's prompts as token ids: prompt as the rollouts have it, text, end-of-sequence.
 
-    Traces of a teacher that the recipe no longer names stay on disk and out of the result.
+    Traces of a teacher that the recipe no longer names, or beyond its `samples`, stay on disk and out of the result.
     """
     con = open_views(ctx.run)
     renderer = Renderer(ctx.recipe.policy.model)
     _refuse_another_tokenizer(ctx, con, renderer, round)
-    named = {t.name for t in ctx.recipe.teachers}
+    samples = {t.name: t.samples for t in ctx.recipe.teachers}
     found = ask(con, sql("verified_traces"), round=round).to_pylist()
-    found = [r for r in found if r["teacher"] in named]
+    found = [r for r in found if r["sample"] < samples.get(r["teacher"], 0)]
     rows = []
     for r in found:
-        tokens = renderer.trace_tokens(r["prompt_tokens"], r["text"])
+        try:
+            tokens = renderer.trace_tokens(r["prompt_tokens"], r["text"])
+        except UserError as e:
+            raise UserError(f"trace {r['trace_id']} of teacher {r['teacher']}: {e}") from None
         rows.append(
             {
                 **{
@@ -160,11 +167,11 @@ def _refuse_another_tokenizer(ctx: Context, con: "duckdb.DuckDBPyConnection", re
 
 def _grade(ctx: Context, round: int, it: Spec, con: "duckdb.DuckDBPyConnection") -> Outcome:
     started = time.monotonic()
-    unscored = ask(con, sql("checks/unscored_rollouts"), round=round)
+    unscored = ask(con, sql("checks/unscored"), round=round)
     if unscored.num_rows:
         raise UserError(
-            f"rollouts/round={round}: {unscored.num_rows} rollouts have no verdict (first: "
-            f"{unscored.column('rollout_id')[0]}). Run `dypo score {ctx.run} --round {round}` first"
+            f"round {round}: {unscored.num_rows} rollouts or traces have no verdict (first: {unscored.column('kind')[0]} "
+            f"{unscored.column('id')[0]}). Run `dypo score {ctx.run} --round {round}` first"
         )
     g = ctx.recipe.grade
     rows = _select(
@@ -172,6 +179,7 @@ def _grade(ctx: Context, round: int, it: Spec, con: "duckdb.DuckDBPyConnection")
         round=round, k=ctx.recipe.rollouts.k, hard_max_successes=g.hard_max_successes,
         easy_max_failures=g.easy_max_failures, max_tokens=g.max_tokens, unjudged_to_routes=g.unjudged_to_routes,
     )  # fmt: skip
+    _refuse_offenders(con, rows, "grades", str(g.query or "grade.sql"), round=round)
     return make_table(it, rows, facts={"grades": counts(rows, "grade"), "reasons": counts(rows, "reason")}, started=started)
 
 
@@ -183,30 +191,35 @@ def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyCon
         round=round, k=ctx.recipe.rollouts.k, max_tokens=g.max_tokens, advantage_scale=method.grpo.advantage,
         eps=method.grpo.eps,
     )  # fmt: skip
-    con.register("routed_arrow", rows)
-    con.execute("create table routed as select * from routed_arrow")
-    bad = ask(con, sql("checks/shards")).to_pylist()
-    if bad:
-        raise UserError(
-            f"{method.query or method.type}: the routing query returned {len(bad)} rows that cannot be trained on; first: "
-            f"{bad[0]['route']} {bad[0]['item_id']} of prompt {bad[0]['prompt_id']}: {bad[0]['why']}"
-        )
+    _refuse_offenders(con, rows, "shards", str(method.query or f"route_{method.type}.sql"))
     outcomes = []
     for it in specs:
         route = dict(it.partition.keys)["route"]
         mine = rows.filter(pc.field("route") == route)
         prompts = len(set(mine.column("prompt_id").to_pylist()))
-        tokens = sum(len(t) for t in mine.column("tokens").to_pylist())
+        tokens = len(mine.column("tokens").combine_chunks().flatten())
         outcomes.append(make_table(it, mine, facts={"prompts": prompts, "response_tokens": tokens}, started=started))
     return outcomes
+
+
+def _refuse_offenders(con: "duckdb.DuckDBPyConnection", rows: pa.Table, table: str, name: str, **parameters: Any) -> None:
+    """UserError if a query's result breaks a rule of its table: checks/TABLE.sql returns the offending rows."""
+    con.register(f"new_{table}", rows)
+    bad = ask(con, sql(f"checks/{table}"), **parameters).to_pylist()
+    if bad:
+        where = ", ".join(f"{k} {v}" for k, v in bad[0].items() if k != "why")
+        raise UserError(
+            f"{name}: the query returned {len(bad)} rows that break a rule; the first ({where}): {bad[0]['why']}"
+        )
 
 
 def _select(con: "duckdb.DuckDBPyConnection", text: str, table: str, name: str, **parameters: Any) -> pa.Table:
     """Runs a grading or routing query with those of the parameters it names; the result must have the table's columns."""
     import duckdb
 
-    used = {k: v for k, v in parameters.items() if f"${k}" in text}
     try:
+        named = con.extract_statements(text)[0].named_parameters
+        used = {k: v for k, v in parameters.items() if k in named}
         got = ask(con, text, **used)
     except duckdb.Error as e:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import polars as pl
@@ -12,18 +13,14 @@ from pipeline.progress import progress
 from pipeline.scorers import Item, VerdictPool
 from pipeline.scorers import version as scorer_version
 from pipeline.scorers.user import source_hash
-from pipeline.stage import Outcome, Spec, begin, counts, current, finish, need, nothing, parts_of
-from pipeline.store import Partition, partitions, read_parts
+from pipeline.stage import Outcome, Spec, begin, counts, current, finish, need, nothing, parts_of, set_aside
+from pipeline.store import Partition, read_parts
 from schemas.errors import UserError, WorkError
+from schemas.ids import text_sha
 from schemas.scorers import ScorerConfig, UserScorer
 from schemas.tables import ARROW
 
 BATCH = 2048  # rows in one part file, and so what a kill can cost
-
-
-def judged(ctx: Context, kind: str) -> list[Partition]:
-    """The complete partitions that verdicts of this kind are about."""
-    return partitions(ctx.run, {"rollout": "rollouts", "trace": "traces", "eval": "eval_rollouts"}[kind])
 
 
 def spec(ctx: Context, kind: str, source: Partition) -> Spec:
@@ -36,9 +33,11 @@ def spec(ctx: Context, kind: str, source: Partition) -> Spec:
         name: {**v.model_dump(mode="json"), "version": scorer_version(v), **_code(v)}
         for name, v in sorted(ctx.recipe.score.verifiers.items())
     }
-    part = ctx.part("scores", kind=kind, **dict(source.keys))
+    part, limits = ctx.part("scores", kind=kind, **dict(source.keys)), ctx.recipe.score
     parents = {source.label: manifest.fingerprint, "prompts": prompts.identity}
-    return Spec("score", part, {"verifiers": verifiers, "timeout_s": ctx.recipe.score.timeout_s}, parents, 0)
+    return Spec(
+        "score", part, {"verifiers": verifiers, "timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}, parents, 0
+    )
 
 
 def _code(verifier: ScorerConfig) -> dict[str, str]:
@@ -58,11 +57,14 @@ def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
             need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
             it = spec(ctx, kind, source)
             begin(it)
-            manifest = source.manifest()
-            assert manifest is not None
-            done = pl.from_arrow(read_parts(parts_of(it), "scores", ["id"]))
-            assert isinstance(done, pl.DataFrame)
-            left = manifest.rows - done.height
+            if (found := it.partition.manifest()) and _too_many_failed(ctx, found.failed, found.rows):
+                set_aside(it)  # the user has mended something: judge anew
+            done = _verdicts(it)
+            now = pl.concat([f.select("id", "text_sha") for f in _judgeable(ctx, kind, source)])
+            if done.join(now, on=["id", "text_sha"], how="anti").height:
+                set_aside(it)  # verdicts on rows that are gone, or whose text was written anew
+                done = done.clear()
+            left = now.height - done.height
             if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
                 outcomes.append(nothing(it))
                 continue
@@ -80,28 +82,43 @@ def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
     return outcomes
 
 
-def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, pool: VerdictPool) -> None:
-    """Judges what the anti-join leaves, one part of the source at a time, so memory does not grow with the run."""
-    keys = {"kind": kind, "round": None, "step": None, "suite": None, "teacher": None, **dict(source.keys)}
+def _verdicts(it: Spec) -> pl.DataFrame:
+    """What has been judged already: id and the hash of the text."""
+    frame = pl.from_arrow(read_parts(parts_of(it), "scores", ["id", "text_sha"]))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _judgeable(ctx: Context, kind: str, source: Partition) -> Iterator[pl.DataFrame]:
+    """The source's rows with their prompts, one part at a time, so that memory does not grow with the run."""
     id_column = "trace_id" if kind == "trace" else "rollout_id"
     prompts = pl.from_arrow(read_parts(ctx.part("prompts").files(), "prompts").drop_columns(["split"]))
     assert isinstance(prompts, pl.DataFrame)
+    for path in source.files():
+        rows = pl.from_arrow(read_parts([path], source.table, [id_column, "prompt_id", "text", "finish_reason"]))
+        assert isinstance(rows, pl.DataFrame)
+        shas = pl.Series("text_sha", [text_sha(t) for t in rows["text"]], dtype=pl.String)
+        yield rows.rename({id_column: "id"}).with_columns(shas).join(prompts, on="prompt_id", maintain_order="left")
+
+
+def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, pool: VerdictPool) -> None:
+    """Judges what the anti-join leaves."""
+    keys = {"kind": kind, "round": None, "step": None, "suite": None, "teacher": None, **dict(source.keys)}
     with progress(it.partition.label, done.height + left, done.height) as bar:
-        for path in source.files():
-            judged = pl.from_arrow(read_parts([path], source.table, [id_column, "prompt_id", "text", "finish_reason"]))
-            assert isinstance(judged, pl.DataFrame)
-            todo = judged.rename({id_column: "id"}).join(done, on="id", how="anti", maintain_order="left")
-            todo = todo.join(prompts, on="prompt_id", how="left", maintain_order="left")
+        for judgeable in _judgeable(ctx, kind, source):
+            todo = judgeable.join(done, on=["id", "text_sha"], how="anti", maintain_order="left")
             for batch in todo.iter_slices(BATCH):
                 items = [_item(row) for row in batch.iter_rows(named=True)]
                 rows = [
                     {
-                        **keys, "id": item.id, "prompt_id": prompt_id, "status": v.status, "reward": v.reward,
+                        **keys, "id": item.id, "prompt_id": prompt_id, "text_sha": sha, "status": v.status, "reward": v.reward,
                         "correct": v.correct, "extracted": v.extracted, "verifier": item.verifier,
                         "verifier_version": scorer_version(ctx.recipe.score.verifiers[item.verifier]),
                         "elapsed_ms": v.elapsed_ms, "detail": v.detail,
                     }
-                    for prompt_id, item, v in zip(batch["prompt_id"], items, pool.score(items), strict=True)
+                    for prompt_id, sha, item, v in zip(
+                        batch["prompt_id"], batch["text_sha"], items, pool.score(items), strict=True
+                    )
                 ]  # fmt: skip
                 it.partition.write(pa.Table.from_pylist(rows, schema=ARROW["scores"]), it.fingerprint)
                 bar.advance(len(rows))
@@ -126,12 +143,15 @@ def _finish(it: Spec, started: float) -> Outcome:
     return finish(it, facts={"statuses": statuses}, failed=failed, started=started)
 
 
+def _too_many_failed(ctx: Context, failed: int, rows: int) -> bool:
+    return rows > 0 and failed > ctx.recipe.score.max_failed * rows
+
+
 def _refuse_a_broken_verifier(ctx: Context, outcome: Outcome) -> None:
     """WorkError when so many verdicts are missing that grading on the rest would mislead. The rows stay."""
-    allowed = ctx.recipe.score.max_failed
-    if outcome.rows and outcome.failed > allowed * outcome.rows:
+    if _too_many_failed(ctx, outcome.failed, outcome.rows):
         raise WorkError(
             f"{outcome.partition}: {outcome.failed} of {outcome.rows} verdicts are timeout or error (score.max_failed = "
-            f'{allowed}). See `dypo sql {ctx.run} "select status, detail, count(*) from scores group by all"`; mend the '
-            "verifier or raise score.timeout_s, and score again"
+            f'{ctx.recipe.score.max_failed}). See `dypo sql {ctx.run} "select status, detail, count(*) from scores group by '
+            'all"`; mend the verifier or raise score.timeout_s, and run `dypo score` again: it judges these rows anew'
         )

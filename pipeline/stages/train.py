@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from safetensors import SafetensorError
 
 from pipeline.context import Context
 from pipeline.policy import policy_id
@@ -35,7 +36,7 @@ from pipeline.stage import (
     nothing,
     superseded,
 )
-from pipeline.store import MANIFEST, Partition, fsync_folder, partition, partitions, read_parts
+from pipeline.store import MANIFEST, Partition, fsync_folder, partition, partitions, publish, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.ids import rows_digest
 from schemas.manifest import Manifest
@@ -54,7 +55,8 @@ class Trainer(Protocol):
 
 def spec(ctx: Context, round: int) -> Spec:
     """Depends on the shards' rows, the starting policy, and every number that the gradient or the schedule sees."""
-    train = ctx.recipe.train.model_dump(mode="json", exclude={"checkpoint_every": True, "method": {"query"}})
+    running = {"checkpoint_every": True, "micro_batch_tokens": True, "method": {"query"}}
+    train = ctx.recipe.train.model_dump(mode="json", exclude=running)
     _, start = ctx.policy_of(round)
     parents = {}
     for route in ("rl", "sft"):
@@ -63,9 +65,9 @@ def spec(ctx: Context, round: int) -> Spec:
         if manifest is None:
             raise UserError(f"{part.folder}: not there or not finished. Run `dypo grade {ctx.run} --round {round}` first")
         parents[part.label] = manifest.identity
-    config = {
-        "train": train, "rounds": ctx.recipe.rounds, "start": start, "base": ctx.base_policy, "dtype": ctx.recipe.policy.dtype,
-    }  # fmt: skip
+    config = {"train": train, "start": start, "base": ctx.base_policy, "dtype": ctx.recipe.policy.dtype}
+    if ctx.recipe.train.optimizer.decay != "constant":
+        config["rounds"] = ctx.recipe.rounds  # how far the decay goes; otherwise rounds can be added to a finished run
     return Spec("train", ctx.part("checkpoints", round=round), config, parents, ctx.recipe.seed, expensive=True)
 
 
@@ -77,8 +79,11 @@ def logprob_spec(ctx: Context, round: int) -> Spec:
     return Spec("logprobs", part, config, {f"shards/round={round}/route=rl": rl.identity}, 0)
 
 
-def run(ctx: Context, round: int, trainer: Any, *, regenerate: bool = False) -> list[Outcome]:
-    """Trains one round, or goes on with one that was cut off."""
+def run(ctx: Context, round: int, trainer: Any, *, regenerate: bool = False, empty_ok: bool = False) -> list[Outcome]:
+    """Trains one round, or goes on with one that was cut off.
+
+    A round with nothing to train on is refused, or with `empty_ok` (`dypo run`) passed through with the policy unchanged.
+    """
     started = time.monotonic()
     for route in ("rl", "sft"):
         need(ctx.run, "shards", {"round": round, "route": route}, command=f"dypo grade {ctx.run} --round {round}")
@@ -86,34 +91,29 @@ def run(ctx: Context, round: int, trainer: Any, *, regenerate: bool = False) -> 
     shards = pa.concat_tables(
         read_parts(ctx.part("shards", round=round, route=route).files(), "shards") for route in ("rl", "sft")
     )
-    if shards.num_rows == 0:
-        grades = ctx.part("grades", round=round).manifest()
-        raise UserError(
-            f"{ctx.run}/shards/round={round}: no row to train on: {grades.facts if grades else 'no grades'}. Easier or harder "
-            "prompts, more rollouts (rollouts.k) or traces for the Hard ones would give some"
-        )
-    outcomes = []
-    if current(it):
+    folder, start = ctx.policy_of(round)
+    _refuse_shards(ctx, round, shards, start, empty_ok)
+    _make_room(ctx, it, regenerate)
+    if current(it) and _whole(ctx, it):
         end = it.partition.manifest()
         assert end is not None
-        return [
-            Outcome(
-                "train", it.partition.label, "nothing", f"same fingerprint {it.fingerprint[:12]}", end.rows, facts=end.facts
-            )
-        ]
-    _make_room(ctx, it, round, regenerate)
+        why = f"same fingerprint {it.fingerprint[:12]}"
+        return [Outcome("train", it.partition.label, "nothing", why, end.rows, facts=end.facts)]
+    (it.partition.folder / MANIFEST).unlink(missing_ok=True)
+    it.partition.remove_temporary()
+    ctx.verify_policy(folder)
+    outcomes = []
     ref = None
     if ctx.recipe.train.method.needs_reference:
         outcomes.append(_reference(ctx, round, shards, trainer))
         ref = read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")
     graded = need(ctx.run, "grades", {"round": round}, command=f"dypo grade {ctx.run}").facts["grades"]
-    start, _ = ctx.policy_of(round)
     with progress(f"train round {round}", ctx.recipe.train.steps, unit="steps") as bar:
         sink = RunSink(ctx, round, it, bar)
         end = trainer.train_round(
             trainer.TrainJob(
                 round=round, rounds=ctx.recipe.rounds, seed=ctx.recipe.seed, train=ctx.recipe.train, policy=ctx.recipe.policy,
-                start=start, shards=shards, ref=ref, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
+                start=folder, shards=shards, ref=ref, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
             )
         )  # fmt: skip
     for table in ("draws", "metrics"):
@@ -124,32 +124,63 @@ def run(ctx: Context, round: int, trainer: Any, *, regenerate: bool = False) -> 
     return [*outcomes, Outcome("train", it.partition.label, "made", "", 0, seconds=time.monotonic() - started, facts=facts)]
 
 
-def _make_room(ctx: Context, it: Spec, round: int, regenerate: bool) -> None:
-    """Refuses to resume over another fingerprint; a finished round of other settings moves to superseded/ whole."""
-    folder = it.partition.folder
-    found = _found(it)
-    if found is None or found == it.fingerprint:
-        return
-    end = it.partition.manifest()
-    if end is None and not regenerate:
+def _refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_ok: bool) -> None:
+    """UserError if there is nothing to train on, or the rows were sampled by another policy than the round begins with."""
+    if shards.num_rows == 0 and not empty_ok:
+        grades = ctx.part("grades", round=round).manifest()
         raise UserError(
-            f"{folder}: an unfinished training of other shards or settings lies there ({_why(it)}). Restore them to go on, "
-            "or pass --regenerate to begin the round again (the unfinished one moves to superseded/)"
+            f"{ctx.run}/shards/round={round}: no row to train on: {grades.facts if grades else 'no grades'}. Easier or harder "
+            "prompts, more rollouts (rollouts.k) or traces for the Hard ones would give some"
         )
-    for table in ("checkpoints", "draws", "metrics"):
-        part = ctx.part(table, round=round)
-        if part.folder.exists():
-            move(part.folder, superseded("train", part, found))
+    others = set(shards.column("policy").unique().to_pylist()) - {start}
+    if others:
+        raise UserError(
+            f"{ctx.run}/shards/round={round}: its rollouts are of policy {min(others)[:12]}, but the round begins with "
+            f"{start[:12]} (the round before was trained again). Run `dypo refresh {ctx.run} --round {round} --regenerate` first"
+        )
 
 
-def _found(it: Spec) -> str | None:
+def _whole(ctx: Context, it: Spec) -> bool:
+    """Whether everything that a finished round left is there still: its last checkpoint, draws and metrics."""
+    end = it.partition.manifest()
+    keys = dict(it.partition.keys)
+    return end is not None and all(
+        p.manifest() is not None
+        for p in (
+            ctx.part("checkpoints", **keys, step=end.facts["steps"]),
+            ctx.part("draws", **keys),
+            ctx.part("metrics", **keys),
+        )
+    )
+
+
+def _make_room(ctx: Context, it: Spec, regenerate: bool) -> None:
+    """A round of other shards or settings moves to superseded/ whole, with --regenerate; one of these very ones comes back."""
+    lies, kept = found(it), superseded("train", it.partition, it.fingerprint)
+    if lies not in (None, it.fingerprint) and not regenerate and not kept.exists():
+        what = "training" if it.partition.manifest() else "unfinished training"
+        raise UserError(
+            f"{it.partition.folder}: a {what} of other shards or settings lies there ({_why(it)}). Restore them to go on, or "
+            "pass --regenerate to train the round again (the old one moves to superseded/)"
+        )
+    for table in ("draws", "metrics", "checkpoints"):  # checkpoints last: they decide what is found
+        part = ctx.part(table, **dict(it.partition.keys))
+        if lies not in (None, it.fingerprint) and part.folder.exists():
+            move(part.folder, superseded("train", part, lies))
+        back = superseded("train", part, it.fingerprint)
+        if back.exists() and not part.folder.exists():
+            move(back, part.folder)
+
+
+def found(it: Spec) -> str | None:
+    """The fingerprint of the training that lies there, finished or not; None if there is none."""
     if end := it.partition.manifest():
         return end.fingerprint
     for path in sorted(it.partition.folder.glob(f"step=*/{MANIFEST}")):
         return Manifest.model_validate_json(path.read_text()).fingerprint
     for table in ("draws", "metrics"):
-        if found := found_fingerprint(partition(it.partition.run, table, dict(it.partition.keys))):
-            return found
+        if old := found_fingerprint(partition(it.partition.run, table, dict(it.partition.keys))):
+            return old
     return None
 
 
@@ -243,6 +274,7 @@ class RunSink:
     def cut(self, table: str, step: int) -> None:
         it = self.spec(table)
         it.partition.remove_temporary()
+        (it.partition.folder / MANIFEST).unlink(missing_ok=True)  # the round is not finished, so neither are these
         for path in it.partition.loose(it.fingerprint):
             rows = read_parts([path], table)
             keep = rows.filter(pc.field("step") < step)
@@ -252,10 +284,15 @@ class RunSink:
                 it.partition.write(keep, it.fingerprint, path.name)
 
     def checkpoints(self) -> dict[int, Path]:
+        """Complete ones whose steps have all their draws and metrics: a part that someone removed is made again."""
+        names = [{p.name for p in self.spec(t).partition.folder.glob("part-*.parquet")} for t in ("draws", "metrics")]
+        metrics = self.spec("metrics")
+        paths = [p for p in sorted(metrics.partition.folder.glob("part-*.parquet")) if p.name in names[0] & names[1]]
+        known = set(read_parts(paths, "metrics", ["step"]).column("step").to_pylist())
         found = {}
         for part in partitions(self.ctx.run, "checkpoints"):
             keys = dict(part.keys)
-            if keys["round"] == self.round and "step" in keys:
+            if keys["round"] == self.round and "step" in keys and set(range(int(keys["step"]))) <= known:
                 part.verify()
                 found[int(keys["step"])] = part.folder
         return found
@@ -272,19 +309,20 @@ class RunSink:
             for path in files:
                 with open(path, "rb+") as f:
                     os.fsync(f.fileno())
+            for folder in {p.parent for p in files}:
+                fsync_folder(folder)
             parts = [describe(p, 0, str(p.relative_to(tmp))) for p in files]
             manifest = _manifest(self.train, parts, {"policy": policy_id(tmp)}, part)
-            (tmp / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
-            fsync_folder(tmp)
+            publish(tmp / MANIFEST, lambda p: p.write_text(manifest.model_dump_json(indent=1) + "\n"))
             if part.folder.exists():
                 shutil.rmtree(part.folder)
             tmp.rename(part.folder)
             fsync_folder(part.folder.parent)
-        except OSError as e:
+        except (OSError, SafetensorError) as e:  # safetensors' input and output errors are no OSError
             shutil.rmtree(tmp, ignore_errors=True)
             raise WorkError(
-                f"{part.folder}: the checkpoint could not be written ({e.strerror or e}). Earlier checkpoints are kept; make "
-                "room, then run the same command again"
+                f"{part.folder}: the checkpoint could not be written ({getattr(e, 'strerror', None) or e}). Earlier checkpoints "
+                "are kept; make room, then run the same command again"
             ) from e
         return part.folder
 

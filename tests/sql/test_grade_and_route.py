@@ -52,6 +52,9 @@ def database(tables: dict[str, list[dict]], traces: list[dict]) -> duckdb.DuckDB
     for name in ("rollouts", "scores", "grades", "prompts"):
         con.register(f"{name}_in", pa.Table.from_pylist(tables.get(name, []), schema=ARROW[name]))
         con.execute(f"create table {name} as select * from {name}_in")
+    asked = tables.get("prompts") or tables.get("rollouts", [])
+    con.register("asked", pa.table({"prompt_id": pa.array(sorted({r["prompt_id"] for r in asked}), pa.string())}))
+    con.execute("create table round_prompts as select * from asked")
     con.register("fitting_in", pa.Table.from_pylist(traces, schema=FITTING))
     con.execute("create table fitting_traces as select * from fitting_in")
     return con
@@ -151,6 +154,33 @@ def test_shards_hold_whole_groups_and_every_fitting_trace() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        ({"prompt_id": "stranger"}, "not a train prompt of this round"),
+        ({"prompt_id": "b"}, "the prompt stands twice"),
+        ({"round": 3}, "another round"),
+        ({"grade": "medium"}, "grade is not easy, mid or hard"),
+        ({"reason": "whim"}, "reason is not one of those in docs/data.md"),
+    ],
+)
+def test_the_check_on_grades_returns_the_offenders(change: dict, why: str) -> None:
+    tables = verdicts({"a": ["ok", "wrong", "ok", "wrong"], "b": ["ok"] * 4})
+    rows = list(grade(tables).values())
+    con = database(tables, [])
+    for graded, expected in ((rows, []), ([{**rows[0], **change}, rows[1]], [why])):
+        con.register("graded_in", pa.Table.from_pylist(graded, schema=ARROW["grades"]))
+        con.execute("create or replace table new_grades as select * from graded_in")
+        assert sorted({r["why"] for r in ask(con, sql("checks/grades"), round=0).to_pylist()}) == expected
+
+
+def test_a_truncated_answer_never_earns_more_than_a_wrong_one() -> None:
+    rewards = {"a": [1.0, -1.0, 0.0, 0.0]}  # a verifier that gives -1 for wrong; truncated has no reward of its own
+    rows = route(verdicts({"a": ["ok", "wrong", "truncated", "unparseable"]}, rewards))
+    assert [r["reward"] for r in rows] == [1.0, -1.0, -1.0, -1.0]
+    assert rows[1]["advantage"] == rows[2]["advantage"] == rows[3]["advantage"] < 0 < rows[0]["advantage"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
         ({"route": "x"}, "route is neither rl nor sft"),
         ({"group_size": 3}, "the group is not whole"),
         ({"old_logprobs": None}, "an rl row without old_logprobs"),
@@ -158,7 +188,10 @@ def test_shards_hold_whole_groups_and_every_fitting_trace() -> None:
         ({"tokens": [], "old_logprobs": []}, "no response token"),
         ({"w_grpo": float("nan")}, "a weight is not finite"),
         ({"w_gal": -1.0}, "a weight is negative"),
-        ({"prompt_id": "stranger"}, "not a train prompt"),
+        ({"prompt_id": "stranger"}, "not a train prompt of this round"),
+        ({"item_id": "a1"}, "the sequence stands twice"),
+        ({"temperature": 0.0}, "an rl row sampled at temperature 0"),
+        ({"w_sft": 0.7}, "w_sft on an rl row: only sft rows have that term"),
     ],
 )
 def test_the_check_on_shards_returns_the_offenders(change: dict, why: str) -> None:
@@ -170,7 +203,7 @@ def test_the_check_on_shards_returns_the_offenders(change: dict, why: str) -> No
     rows = route(tables)
     for routed, expected in ((rows, 0), ([{**rows[0], **change}, *rows[1:]], 1)):
         con.register("routed_in", pa.Table.from_pylist(routed, schema=ARROW["shards"]))
-        con.execute("create or replace table routed as select * from routed_in")
+        con.execute("create or replace table new_shards as select * from routed_in")
         found = [r["why"] for r in ask(con, sql("checks/shards")).to_pylist()]
         assert len(found) >= expected
         assert (why in found) == bool(expected)
