@@ -5,6 +5,7 @@ ALGORITHMS section 8, tests 1 to 5, 8, 13 and 16. Everything on a tiny Llama, ro
 
 from collections.abc import Callable
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from schemas.recipe import DypoMethod
-from tests.trainer.tiny import EOS, ExactLM, make_ref, make_shards, tiny_llama
+from tests.trainer import by_hand
+from tests.trainer.by_hand import gradient
+from tests.trainer.tiny import EOS, ExactLM, make_ref, make_shards, shaped, tiny_llama
 from trainer.batch import plan_micro_batches
 from trainer.forward import response_logps
 from trainer.objective import Unit, count, micro_batch
@@ -38,15 +41,15 @@ def method_of(name: str) -> DypoMethod:
 def units_of(*, hard: int = 3, mid: int = 3, k: int = 4, seed: int = 0) -> list[Unit]:
     """Hard rows and whole groups, with reference log-probs."""
     table = make_shards(hard=hard, mid=mid, k=k, teachers=1, traces=1, seed=seed)
-    shards = Shards(table, make_ref(table))
+    return units_from(table, make_ref(table))
+
+
+def units_from(table: pa.Table, ref: pa.Table) -> list[Unit]:
+    shards = Shards(table, ref)
     units: dict[str, list[tuple[str, str]]] = {}
     for row in table.to_pylist():
         units.setdefault(row["prompt_id"], []).append((row["route"], row["item_id"]))
     return [shards.rows(keys) for keys in units.values()]
-
-
-def gradient(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def update(
@@ -71,42 +74,17 @@ def logps_alone(model: nn.Module, row: Row) -> torch.Tensor:
     return torch.stack([logps[at + t - 1, row.tokens[t]] for t in range(len(row.tokens))])
 
 
-def mixture_by_hand(model: nn.Module, units: list[Unit], method: DypoMethod) -> torch.Tensor:
-    hard = [unit[0] for unit in units if unit[0].route == "sft"]
-    mid = [unit for unit in units if unit[0].route == "rl"]
-    n = len(units)
-    hard_terms = [logps_alone(model, row) for row in hard]
-    if method.sft_reduction == "token":
-        sft = sum(-x.sum() for x in hard_terms) / max(1, sum(len(x) for x in hard_terms))
-    else:
-        sft = sum(-x.mean() for x in hard_terms) / max(1, len(hard_terms))
-    grpo, gal = torch.zeros(()), torch.zeros(())
-    for unit in mid:
-        summaries = []
-        for row in unit:
-            logps = logps_alone(model, row)
-            old = torch.tensor(row.old_logps, dtype=logps.dtype)
-            ratio = (logps - old).exp() if method.grpo.ratio == "token" else (logps - old).mean().exp().expand(len(logps))
-            clipped = ratio.clamp(1 - method.grpo.clip_low, 1 + method.grpo.clip_high)
-            grpo = grpo - torch.minimum(ratio * row.advantage, clipped * row.advantage).mean() / len(unit) / len(mid)
-            ref = {"init": row.ref_logps, "old": row.old_logps, "none": None}[method.gal.ref]
-            gain = logps if ref is None else logps - torch.tensor(ref, dtype=logps.dtype)
-            summaries.append(gain.mean() if method.gal.logp_reduction == "mean" else gain.sum())
-        pairs = [(s, f) for s in range(len(unit)) for f in range(len(unit)) if unit[s].correct and not unit[f].correct]
-        for s, f in pairs:
-            d = method.gal.beta * (summaries[s] - summaries[f])
-            gal = gal + torch.log1p(torch.exp(-d)) / len(pairs) / len(mid)
-    grpo_weight, gal_weight = (method.alpha, 1 - method.alpha) if method.gal_weight is None else (1.0, method.gal_weight)
-    return len(hard) / n * method.gamma * sft + len(mid) / n * (grpo_weight * grpo + gal_weight * gal)
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_the_mixture_equals_the_formula_written_out_row_by_row(name: str) -> None:
-    units = units_of()
+def test_the_mixture_equals_the_formula_written_out_row_by_row_from_the_tables(name: str) -> None:
+    """Also where rewards are shaped: GAL's pairs are right against wrong, whatever the reward and the advantage say."""
+    table = shaped(make_shards(hard=3, mid=3, teachers=1, traces=1))
+    ref, method = make_ref(table), method_of(name)
+    rows, units = table.to_pylist(), units_from(table, ref)
     for make, tolerance in ((ExactLM, 1e-10), (lambda: tiny_llama().double(), 1e-6)):
         got, seen = update(units, name, budget=60, model=make())
         model = make()
-        loss = mixture_by_hand(model, units, method_of(name))
+        parts = by_hand.losses(by_hand.forward_each(model, rows), rows, by_hand.reference(ref), method)
+        loss = by_hand.total(parts, rows, method, n=6)
         loss.backward()
         assert seen.total == pytest.approx(loss.item(), rel=tolerance)
         assert_same(got, gradient(model), tolerance)

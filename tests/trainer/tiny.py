@@ -126,6 +126,23 @@ def make_shards(
     return pa.Table.from_pylist(rows, ARROW["shards"])
 
 
+def shaped(shards: pa.Table, seed: int = 9) -> pa.Table:
+    """The same with what real rollouts have and make_shards has not: rewards that disagree with `correct` (and advantages
+    that follow the rewards), rollouts of several ages."""
+    rng = np.random.default_rng(seed)
+    rows = shards.to_pylist()
+    for prompt in dict.fromkeys(row["prompt_id"] for row in rows if row["route"] == "rl"):
+        group = [row for row in rows if row["route"] == "rl" and row["prompt_id"] == prompt]
+        rewards = rng.uniform(-1, 1, len(group))
+        advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        for row, reward, advantage in zip(group, rewards.tolist(), advantages.tolist(), strict=True):
+            row |= {"reward": reward, "advantage": advantage, "round": 2, "source_round": int(rng.integers(0, 3))}
+    rl = [row for row in rows if row["route"] == "rl"]
+    kinds = {(row["correct"], row["reward"] > 0, row["advantage"] > 0) for row in rl}
+    assert {(c, r) for c, r, _ in kinds} == {(c, a) for c, _, a in kinds} == {(a, b) for a in (0, 1) for b in (0, 1)} or not rl
+    return pa.Table.from_pylist(rows, ARROW["shards"])
+
+
 def make_ref(shards: pa.Table, seed: int = 5) -> pa.Table:
     """Reference log-probs of the rl rows, near the old ones."""
     rng = np.random.default_rng(seed)
