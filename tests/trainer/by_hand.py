@@ -93,7 +93,9 @@ def gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def gradient_of(model: nn.Module, rows: Sequence[dict], ref: Mapping[str, list[float]], method: DypoMethod, n: int) -> Tensor:
+def gradient_of(
+    model: nn.Module, rows: Sequence[dict], ref: Mapping[str, list[float]], method: DypoMethod, n: int
+) -> Tensor:
     """All of the gradient as one vector, left in the `.grad`s too."""
     model.zero_grad()
     total(losses(forward_each(model, rows), rows, ref, method), rows, method, n).backward()

@@ -15,8 +15,8 @@ STILL = 1e-30  # a rate that moves no float32 weight, so that both updates of a 
 METHODS = {
     "default": {"gal": {"beta": 6.0}},
     "sequence": {"grpo": {"ratio": "sequence", "clip_low": 0.1, "clip_high": 0.4}, "gal": {"ref": "old", "beta": 6.0}},
-    "queue": {"preset": "official", "queue_size": 3, "queue_groups": 2, "gal": {"beta": 1.0}},
-    "prompts": {"preset": "paper", "alpha": 0.3, "gamma": 2.0, "sft_reduction": "prompt", "gal": {"beta": 6.0}},
+    "queue": {"preset": "official", "queue_size": 3, "queue_groups": 2, "gal": {"beta": 0.3}},
+    "prompts": {"preset": "paper", "alpha": 0.3, "gamma": 2.0, "sft_reduction": "prompt", "gal": {"beta": 0.3}},
 }
 CLIPPED = {"clip_norm": 0.01, "warmup_steps": 2}
 
@@ -61,7 +61,7 @@ def test_every_metric_of_a_step_is_the_number_that_the_tables_give_by_hand(
     assert got == pytest.approx(want, rel=1e-4, abs=1e-5 * STILL)
     # what the numbers have to be for the comparison to tell right from wrong
     assert 0 < want["clip_fraction"] < 1
-    assert 0 < want["gal/saturated"] < 0.5
+    assert want["gal/saturated"] not in (0, 0.5, 1)
     assert abs(want["gal/corr_d_length"]) > 0.05
     assert want["grad_norm"] > 2 * CLIPPED["clip_norm"]
 
@@ -89,7 +89,7 @@ def test_counting_easy_prompts_scales_a_round_s_loss_by_the_gated_share_of_its_p
     found = {}
     for normalise in ("gated", "all"):
         sink = FolderSink(tmp_path / normalise)
-        train = make_train({"normalise": normalise}, steps=1)
+        train = make_train({"normalise": normalise}, steps=1, prompts_per_step=8)
         train_round(make_job(policy_folder, sink, train=train, graded={"easy": 5, "mid": 4, "hard": 4}))
         found[normalise] = metrics_of(sink)
     for name in ("loss/total", "grad_norm"):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from schemas.errors import UserError, WorkError
 from schemas.recipe import Policy
 from schemas.tables import ARROW
-from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train
+from tests.trainer import by_hand
+from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train, tiny_llama
 from trainer.metrics import effective_sample_size
 from trainer.run import train_round
 from trainer.schedule import plan_round
@@ -93,6 +95,45 @@ def test_a_checkpoint_is_a_hugging_face_folder_with_the_start_s_tokenizer_files(
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".jinja"}
 
 
+def test_the_stop_tokens_of_a_checkpoint_are_the_start_s_own_or_none(policy_folder: Path, tmp_path: Path) -> None:
+    """generation_config.json: the start's bytes if it has one; transformers would make one up from config.json."""
+    own = '{"eos_token_id": [1, 7], "transformers_version": "4.0.0"}\n'
+    for name, text in (("own", own), ("none", None)):
+        start = tmp_path / name / "start"
+        shutil.copytree(policy_folder, start)
+        (start / "generation_config.json").unlink()
+        if text is not None:
+            (start / "generation_config.json").write_text(text)
+        sink = FolderSink(tmp_path / name / "round")
+        train_round(make_job(start, sink, train=make_train(steps=1)))
+        made = sink.checkpoints()[1] / "generation_config.json"
+        assert (made.read_text() if made.exists() else None) == text
+
+
+def test_the_run_s_base_policy_brings_weights_only_even_if_it_was_trained_before(
+    policy_folder: Path, tmp_path: Path
+) -> None:
+    before = FolderSink(tmp_path / "before")
+    train_round(make_job(policy_folder, before))
+    used = before.checkpoints()[6]
+    (used / "trainer" / "state.json").write_text('{"version": 99}')
+    bare = tmp_path / "bare"
+    shutil.copytree(used, bare, ignore=shutil.ignore_patterns("trainer"))
+    ends, rates = [], []
+    for name, start in (("used", used), ("bare", bare)):
+        sink = FolderSink(tmp_path / name)
+        train_round(make_job(start, sink))
+        folder = sink.checkpoints()[6]
+        ends.append(load_file(folder / "model.safetensors") | load_file(folder / "trainer" / "tensors.safetensors"))
+        rates.append(metric(sink, "lr"))
+    assert rates[0] == rates[1]
+    assert {v.item() for n, v in ends[0].items() if n.endswith("/step")} == {6.0}
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.raises(UserError, match="version 99"):
+        train_round(make_job(used, FolderSink(tmp_path / "next"), round=1))
+
+
 def test_progress_is_told_and_nothing_is_printed(
     policy_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +167,24 @@ def test_a_round_ends_early_when_too_few_samples_are_effective_and_stays_ended(p
     assert again == end
     hard_only = train_round(make_job(policy_folder, FolderSink(tmp_path / "hard"), train=train, shards=make_shards(mid=0)))
     assert hard_only.reason == "steps", "steps without rl rows have no effective sample size"
+
+
+@pytest.mark.parametrize(("off_by", "reason"), [("row", "steps"), ("token", "ess")])
+def test_the_floor_is_on_the_samples_by_token_not_by_row(
+    off_by: str, reason: str, policy_folder: Path, tmp_path: Path
+) -> None:
+    """Ratios all near 1 whose product over a row is not, and ratios far from 1 whose product over a row is 1."""
+    rows, model = [], tiny_llama()
+    for row in make_shards(hard=0, mid=2).to_pylist():
+        row["tokens"] = [*range(3, 31), 5, 1]
+        logps = by_hand.forward_alone(model, row)[0].tolist()
+        off = [0.1 if row["sample"] % 2 else -0.1] * 30 if off_by == "row" else [1.0, -1.0] * 15
+        rows.append(row | {"old_logprobs": [x - d for x, d in zip(logps, off, strict=True)]})
+    shards, sink = pa.Table.from_pylist(rows, ARROW["shards"]), FolderSink(tmp_path)
+    train = make_train({"lr": 1e-12}, steps=2, prompts_per_step=2, min_ess=0.8)
+    assert train_round(make_job(policy_folder, sink, shards=shards, train=train)).reason == reason
+    ess, by_row = metric(sink, "ess")[0], metric(sink, "ess_sequence")[0]
+    assert (ess > 0.9 and by_row < 0.7) if off_by == "row" else (ess < 0.7 and by_row > 0.9)
 
 
 def test_no_rows_at_all_publishes_the_policy_unchanged(policy_folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from schemas.tables import ARROW
@@ -24,6 +24,7 @@ def test_the_plan_is_a_pure_function_that_does_not_see_the_order_of_rows() -> No
 
 
 @given(st.integers(1, 9), st.integers(0, 100))
+@example(9, 0)
 @FEW
 def test_every_epoch_visits_every_prompt_once_and_goes_on_into_the_next(size: int, seed: int) -> None:
     shards = make_shards(hard=4, mid=4)
@@ -70,6 +71,21 @@ def test_teachers_are_drawn_uniformly_however_many_traces_each_has() -> None:
     assert chi_square(traces) < 20.5
     by_epoch = {p: len({v.teacher for v in visits if v.prompt_id == p}) for p in ("h000", "h001", "h002")}
     assert set(by_epoch.values()) == {3}, "the draw is anew each epoch"
+
+
+def test_teachers_and_traces_are_drawn_anew_for_another_seed_or_round() -> None:
+    shards, train = make_shards(hard=12, mid=0, teachers=3, traces=3), make_train(steps=1, prompts_per_step=12)
+
+    def drawn(seed: int, round: int) -> dict[str, tuple[str | None, str]]:
+        (step,) = plan_round(shards, train, seed=seed, round=round)
+        return {v.prompt_id: (v.teacher, v.items[0][1].rsplit("-", 1)[1]) for v in step.updates[0].visits}
+
+    first = drawn(0, 0)
+    assert len(first) == 12
+    for other in (drawn(1, 0), drawn(0, 1)):
+        assert any(first[p][0] != other[p][0] for p in first), "teacher"
+        same_teacher = [p for p in first if first[p][0] == other[p][0]]
+        assert any(first[p][1] != other[p][1] for p in same_teacher), "trace"
 
 
 def test_only_teachers_with_a_trace_of_the_prompt_are_drawn() -> None:

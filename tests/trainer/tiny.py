@@ -139,7 +139,9 @@ def shaped(shards: pa.Table, seed: int = 9) -> pa.Table:
             row |= {"reward": reward, "advantage": advantage, "round": 2, "source_round": int(rng.integers(0, 3))}
     rl = [row for row in rows if row["route"] == "rl"]
     kinds = {(row["correct"], row["reward"] > 0, row["advantage"] > 0) for row in rl}
-    assert {(c, r) for c, r, _ in kinds} == {(c, a) for c, _, a in kinds} == {(a, b) for a in (0, 1) for b in (0, 1)} or not rl
+    assert {(c, r) for c, r, _ in kinds} == {(c, a) for c, _, a in kinds} == {
+        (a, b) for a in (0, 1) for b in (0, 1)
+    } or not rl
     return pa.Table.from_pylist(rows, ARROW["shards"])
 
 
