@@ -16,7 +16,7 @@ METHODS = {
     "default": {"gal": {"beta": 6.0}},
     "sequence": {"grpo": {"ratio": "sequence", "clip_low": 0.1, "clip_high": 0.4}, "gal": {"ref": "old", "beta": 6.0}},
     "queue": {"preset": "official", "queue_size": 3, "queue_groups": 2, "gal": {"beta": 0.3}},
-    "prompts": {"preset": "paper", "alpha": 0.3, "gamma": 2.0, "sft_reduction": "prompt", "gal": {"beta": 0.3}},
+    "prompts": {"preset": "paper", "alpha": 0.3, "gamma": 2.0, "sft_reduction": "prompt", "gal": {"beta": 6.0}},
 }
 CLIPPED = {"clip_norm": 0.01, "warmup_steps": 2}
 
