@@ -7,6 +7,7 @@ Each stage's fingerprint hashes the slice of the recipe that its outputs depend 
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -98,9 +99,12 @@ class OpenAIEngine(Model):
 
     @field_validator("base_url")
     @classmethod
-    def _no_secret(cls, url: str) -> str:
-        if "@" in url or "?" in url:
-            raise ValueError("give the address alone: a key belongs in the environment (api_key_env), not in a recipe")
+    def _address_without_secret(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected http(s)://host:port/v1")
+        if parts.username or parts.password or parts.query:  # the recipe is kept in the run folder
+            raise ValueError("give the address alone: a key belongs in the environment variable that api_key_env names")
         return url
 
 

@@ -16,7 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.statistics import eval_metrics
-from schemas.ids import digest, prompt_id, row_id
+from schemas.ids import digest, prompt_id, row_id, text_sha
 from schemas.manifest import Manifest, Part
 from schemas.recipe import Recipe, parse_recipe
 from schemas.tables import ARROW, REASONS, TABLES
@@ -177,6 +177,7 @@ def _score(rows: Rows, kind: str, row: dict[str, Any], key: str, status: str, ex
             "step": row.get("step") if kind == "eval" else None,
             "suite": row.get("suite") if kind == "eval" else None,
             "teacher": row.get("teacher"),
+            "text_sha": text_sha(row["text"]),
             "status": status,
             "reward": float(status == "ok"),
             "correct": status == "ok",

@@ -27,7 +27,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipeline.engines.base import Ask, Failure, Finished, Sample
 from pipeline.sources import whole_unicode
@@ -59,15 +58,6 @@ class OpenAITeacher:
 
     def __init__(self, config: OpenAIEngine, who: str = "openai") -> None:
         self._config, self._who = config, who
-        parts = urlsplit(config.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"{who}: base_url: expected http(s)://host:port/v1, found {config.base_url!r}. Correct it")
-        if parts.username or parts.password or parts.query:
-            raise UserError(
-                f"{who}: base_url: expected no user, password or query around {parts.hostname}, as the "
-                f"recipe is kept in the run folder. Put the key into the environment variable {config.api_key_env}, "
-                "or name another in api_key_env"
-            )
         try:
             importlib.import_module("openai")
         except ImportError:

@@ -9,6 +9,12 @@ from schemas.errors import UserError
 from schemas.recipe import PRESETS, DypoMethod, parse_recipe
 from tests.tiny_runs import ROOT, write_recipe
 
+LEFT = 'engine = { type = "program", program = "tiny.left" }'
+
+
+def server(url: str) -> str:
+    return f'engine = {{ type = "openai", base_url = "{url}", model = "m" }}'
+
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda p: p.name)
 def test_every_shipped_recipe_parses(path: Path) -> None:
@@ -36,6 +42,9 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
         ('sources = ["fresh"]', 'sources = ["stale"]', "no source is named 'stale'"),
         ("pass_k = [1, 2]", "pass_k = [1, 4]", "pass@4 needs n >= that, found n = 2"),
         ("[train]", "[grade]\nhard_max_successes = 2\neasy_max_failures = 2\n[train]", "must be below rollouts.k = 4"),
+        (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port/v1"),
+        (LEFT, server("http://me:pw@host/v1"), "a key belongs in the environment variable that api_key_env names"),
+        (LEFT, server("https://host/v1?key=pw"), "a key belongs in the environment variable that api_key_env names"),
         ("steps = 6", "steps = 0", "train.steps: Input should be greater than or equal to 1 (found 0)"),
     ],
 )
@@ -45,6 +54,7 @@ def test_a_bad_recipe_is_refused_with_its_key_and_the_way_out(tmp_path: Path, ol
         parse_recipe(tomllib.loads(path.read_text()), str(path))
     assert str(path) in str(e.value)
     assert told in str(e.value)
+    assert "pw" not in str(e.value)  # the key that someone put into an address is not repeated
 
 
 def test_presets_fill_what_is_not_given_and_nothing_else() -> None:
