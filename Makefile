@@ -29,11 +29,11 @@ check: $(VENV)/ready  ## lint, format, types, import layers, recipes, rendered d
 docs: $(VENV)/ready  ## render docs/data.md and docs/recipe.md from schemas/
 	$(BIN)/python docs/render.py
 
-slow: $(VENV)/ready $(VVENV)/ready chromium  ## real components: kill -9, vLLM's CPU build, a real browser, the demo
+slow: $(VENV)/ready $(VVENV)/ready chromium  ## real components: the demo over 3 seeds, a real browser, vLLM's CPU build
 	$(BIN)/python -m pytest -m "slow or chromium" tests
 	$(VVENV)/bin/python -m pytest -m vllm tests/slow
 
-real: $(VENV)/ready-real  ## a real language model, real problems, two real teachers; under 40 minutes on 2 cores
+real: $(VENV)/ready-real  ## a real language model, real problems, two real teachers (docs/results/smollm2.md says how long)
 	$(BIN)/python data/real.py
 
 tiny-policy: $(VENV)/ready  ## make the embedded policy and its problems again (docs in data/tiny_policy)

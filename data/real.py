@@ -1,4 +1,4 @@
-"""`make real`: a real policy, real problems, two real teachers, one round and a refresh. Under 40 minutes on 2 cores.
+"""`make real`: a real policy, real problems, two real teachers, one round and a refresh; docs/results/smollm2.md says how long it took.
 
 Fetches and converts the policy, serves the second teacher on a free loopback port in a process of its own while
 traces are generated, then runs recipes/smollm2.toml through the command, and prints what docs/results/smollm2.md records.
