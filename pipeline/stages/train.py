@@ -46,10 +46,12 @@ from schemas.tables import ARROW
 class Trainer(Protocol):
     """What the CLI passes in: the module `trainer.api`."""
 
-    def train_round(self, **job: Any) -> Any: ...
+    TrainJob: Any
+
+    def train_round(self, job: Any) -> Any: ...
 
     def reference_logprobs(
-        self, model: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int, *, finished: frozenset[str]
+        self, model_dir: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int, *, finished: frozenset[str]
     ) -> Iterator[pa.Table]: ...
 
 
@@ -79,7 +81,7 @@ def logprob_spec(ctx: Context, round: int) -> Spec:
     return Spec("logprobs", part, config, {f"shards/round={round}/route=rl": rl.identity}, 0)
 
 
-def run(ctx: Context, round: int, trainer: Any, *, regenerate: bool = False, empty_ok: bool = False) -> list[Outcome]:
+def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False, empty_ok: bool = False) -> list[Outcome]:
     """Trains one round, or goes on with one that was cut off.
 
     A round with nothing to train on is refused, or with `empty_ok` (`dypo run`) passed through with the policy unchanged.
@@ -190,7 +192,7 @@ def _why(it: Spec) -> str:
     return "its parts carry another fingerprint"
 
 
-def _reference(ctx: Context, round: int, shards: pa.Table, trainer: Any) -> Outcome:
+def _reference(ctx: Context, round: int, shards: pa.Table, trainer: Trainer) -> Outcome:
     """The base policy's log-probs of every rl row, by anti-join."""
     started = time.monotonic()
     it = logprob_spec(ctx, round)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -147,3 +149,30 @@ def test_the_run_can_be_used_from_another_folder_and_moved(
     assert set(states(moved).values()) == {"done"}
     assert {o["action"] for o in outcomes("grade", moved)} == {"nothing"}
     assert (ROOT / "recipes").is_dir()
+
+
+def test_a_users_program_that_moved_is_the_same_teacher(a_copy: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("from pipeline.tiny import gold\ndef write(prompt, rng, **row):\n    return '0>' + gold(prompt)\n")
+    dypo("generate", "teachers", a_copy, "--set", f"teachers.left.engine={{type='program', program='{mine}:write'}}")
+    moved = tmp_path / "other.py"
+    mine.rename(moved)
+    made = outcomes("generate", "teachers", a_copy, "--set", f"teachers.left.engine.program='{moved}:write'")
+    assert {o["action"] for o in made} == {"nothing"}
+
+
+def test_a_full_disk_while_a_checkpoint_is_written_keeps_the_earlier_ones(a_copy: Path, undisturbed: Path) -> None:
+    for name in ("checkpoints", "draws", "metrics"):
+        shutil.rmtree(a_copy / name / "round=1")
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); "
+    code += (
+        f"import sys; sys.argv = ['dypo', 'train', {str(a_copy)!r}, '--round', '1']; from pipeline.cli import main; main()"
+    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert got.returncode == 1, got.stderr
+    assert "the checkpoint could not be written" in got.stderr
+    assert "Traceback" not in got.stderr
+    assert not list(a_copy.rglob(".*.tmp"))
+    dypo("train", a_copy, "--round", 1)
+    weights = Path("checkpoints/round=1/step=6/model.safetensors")
+    assert (a_copy / weights).read_bytes() == (undisturbed / weights).read_bytes()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.stage import Spec, begin, finish, finished, make_table, superseded
-from pipeline.store import MANIFEST, connect, lock, part_fingerprint, partition, read_parts
+from pipeline.store import MANIFEST, connect, lock, part_fingerprint, partition, partitions, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.tables import ARROW
 from tests.tiny_runs import ROOT
@@ -248,3 +248,22 @@ def test_the_operating_system_error_becomes_one_clear_line(tmp_path: Path, monke
     with pytest.raises(WorkError, match="No space left on device"):
         it.partition.write(metric_rows([0]), it.fingerprint)
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000
+
+
+def test_parts_past_a_hundred_thousand_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    it = spec(tmp_path)
+    it.partition.write(metric_rows([0]), it.fingerprint, "part-99999.parquet")
+    names = [it.partition.write(metric_rows([s]), it.fingerprint).name for s in (1, 2)]
+    assert names == ["part-100000.parquet", "part-100001.parquet"]
+    assert finish(it).rows == 3
+
+
+def test_a_manifest_in_what_a_killed_writer_left_is_no_partition(tmp_path: Path) -> None:
+    it = spec(tmp_path)
+    make_table(it, metric_rows([0]))
+    left = it.partition.folder / ".round=1.99.tmp"
+    left.mkdir()
+    (left / MANIFEST).write_text("{}")
+    assert [p.label for p in partitions(tmp_path, "metrics")] == ["metrics/round=0"]
+    it.partition.remove_temporary()
+    assert not left.exists()
