@@ -31,7 +31,7 @@ docs: $(VENV)/ready  ## render docs/data.md and docs/recipe.md from schemas/
 
 slow: $(VENV)/ready $(VVENV)/ready chromium  ## real components: the demo over 3 seeds, a real browser, vLLM's CPU build
 	$(BIN)/python -m pytest -m "slow or chromium" tests
-	$(VVENV)/bin/python -m pytest -m vllm tests/slow
+	$(VVENV)/bin/python -m pytest -m vllm -W ignore::ResourceWarning tests/slow  # vLLM leaves zmq contexts to the collector
 
 real: $(VENV)/ready-real  ## a real language model, real problems, two real teachers (docs/results/smollm2.md says how long)
 	$(BIN)/python data/real.py
