@@ -154,7 +154,7 @@ class Policy(Model):
     """The base policy: a Hugging Face folder on disk."""
 
     model: Path
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, description="of torch on a CPU; bitwise resume holds at the same number")
 

@@ -1,7 +1,8 @@
 """What the command calls, in one place. Importing this loads torch and transformers, so do it inside the function."""
 
-from trainer.forward import load_model, reference_logprobs, sequence_logprobs
+from trainer.forward import reference_logprobs, sequence_logprobs
 from trainer.job import RoundEnd, Sink, TrainJob
+from trainer.model import load_model
 from trainer.run import train_round
 
 __all__ = [

@@ -1,14 +1,23 @@
-"""Rows -> micro-batches of padded tensors.
+"""Rows -> packed micro-batches: no padding, and a group's prompt once.
 
-Axes: B rows, L input tokens (prompt and response but its last token, which predicts nothing), T response tokens.
-One idea: a unit (a whole group, or one sft row) is never split, since GAL needs its group in one piece. Units are sorted
-by length and packed into micro-batches of at most `micro_batch_tokens` slots, B * L; a unit that is larger runs alone.
-Padding is on the right, where causal attention cannot see it, so no attention mask is needed.
-Left out: sharing a group's prompt and packing without padding. They would replace this file and forward.py.
+Axes: S token slots of one packed row, N response tokens (row by row), U distinct slots that predict one, B rows, T tokens of
+the longest response. One packed row is a string of blocks, and a block is a prompt with the responses to it:
+
+    slots       p p p p  a a a  b b  c c c c | p p  a a a | ...
+    positions   0 1 2 3  4 5 6  4 5  4 5 6 7 | 0 1  2 3 4 | ...
+
+A response's last token predicts nothing and has no slot; its first is predicted by the prompt's last slot, which a whole
+group shares. Who may look at whom follows from the blocks alone (attention.py): the prompt at itself, a response at its
+prompt and itself, never at a sibling or another block.
+One idea: a unit (a whole group, or one sft row) is what a step is made of; its size in slots is all that planning needs.
+Left out: the attention, the model, and what is done with log-probs.
 """
 
+import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -16,48 +25,124 @@ from torch import Tensor
 
 from trainer.rows import Row
 
+Plan = list[list[list[int]]]  # micro-batches, each one list of unit indices for every rank
+
 
 @dataclass(frozen=True)
-class Sequences:
-    """What a forward needs. Response arrays start at column 0; `mask_BT` says how far each row goes."""
+class Block:
+    """A prompt and the responses to it: `prompt` slots from `start`, then `responses[i]` slots for each in turn."""
 
-    input_ids_BL: Tensor
-    targets_BT: Tensor
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prompt + sum(self.responses)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a forward needs. Response arrays [B, T] start at column 0; `mask_BT` says how far each row goes."""
+
+    blocks: tuple[Block, ...]
+    input_ids_S: Tensor
+    positions_S: Tensor
+    slot_U: Tensor  # ascending; a slot is there once for each temperature that it is read at
+    temperature_U: Tensor
+    at_N: Tensor  # which of U predicts the token
+    target_N: Tensor
     mask_BT: Tensor
-    first_B: Tensor  # input position that predicts the first response token
-    temperature_B: Tensor
 
     @property
     def lengths_B(self) -> Tensor:
         return self.mask_BT.sum(-1)
 
-
-def plan_micro_batches(units: Sequence[Sequence[Row]], micro_batch_tokens: int) -> list[list[int]]:
-    """Indices of units by micro-batch, longest units first. Every unit is in exactly one."""
-    longest = [max(len(r.prompt_tokens) + len(r.tokens) - 1 for r in unit) for unit in units]
-    batches: list[list[int]] = []
-    rows = width = 0
-    for at in sorted(range(len(units)), key=lambda i: -longest[i]):
-        if not batches or (rows + len(units[at])) * width > micro_batch_tokens:
-            batches.append([])
-            rows, width = 0, longest[at]  # sorted, so the first unit is the widest
-        batches[-1].append(at)
-        rows += len(units[at])
-    return batches
+    def by_row(self, values_N: Tensor) -> Tensor:
+        """[B, T] from one value a response token; 0 where there is none. Differentiable."""
+        return values_N.new_zeros(self.mask_BT.shape).masked_scatter(self.mask_BT, values_N)
 
 
-def sequences(rows: Sequence[Row], device: torch.device | str = "cpu") -> Sequences:
-    """The padded tensors of some rows, in their order."""
-    firsts = [len(r.prompt_tokens) - 1 for r in rows]
-    inputs = [np.concatenate([r.prompt_tokens, r.tokens[:-1]]) for r in rows]
-    mask_BT = padded([np.ones(len(r.tokens), dtype=bool) for r in rows])
-    return Sequences(
-        input_ids_BL=padded(inputs).to(device),
-        targets_BT=padded([r.tokens for r in rows]).to(device),
-        mask_BT=mask_BT.to(device),
-        first_B=torch.tensor(firsts, device=device),
-        temperature_B=torch.tensor([r.temperature for r in rows], dtype=torch.float64, device=device),
+def pack(rows: Sequence[Row], device: torch.device | str = "cpu", *, share: bool = True) -> Batch:
+    """The rows in their order as one packed row. share: neighbours with the same prompt become one block."""
+    blocks: list[Block] = []
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    slots: list[np.ndarray] = []
+    start = 0
+    for members in _by_prompt(rows, share):
+        prompt = members[0].prompt_tokens
+        block = Block(start, len(prompt), tuple(len(row.tokens) - 1 for row in members))
+        blocks.append(block)
+        ids += [prompt, *(row.tokens[:-1] for row in members)]
+        positions += [np.arange(len(prompt)), *(np.arange(n) + len(prompt) for n in block.responses)]
+        last = start + len(prompt) - 1
+        at = last + 1
+        for length in block.responses:
+            slots.append(np.concatenate([[last], np.arange(at, at + length)]))
+            at += length
+        start = block.stop
+    temperatures = np.repeat([row.temperature for row in rows], [len(row.tokens) for row in rows])
+    read, at_N = np.unique(np.stack([np.concatenate(slots), temperatures]), axis=1, return_inverse=True)
+    return Batch(
+        blocks=tuple(blocks),
+        input_ids_S=torch.from_numpy(np.concatenate(ids)).to(device),
+        positions_S=torch.from_numpy(np.concatenate(positions)).to(device),
+        slot_U=torch.from_numpy(read[0].astype(np.int64)).to(device),
+        temperature_U=torch.from_numpy(read[1]).to(device),
+        at_N=torch.from_numpy(at_N.reshape(-1)).to(device),
+        target_N=torch.from_numpy(np.concatenate([row.tokens for row in rows])).to(device),
+        mask_BT=padded([np.ones(len(row.tokens), dtype=bool) for row in rows]).to(device),
     )
+
+
+def slots(rows: Sequence[Row], *, share: bool = True) -> int:
+    """How many token slots `pack` needs for these rows."""
+    prompts = sum(len(members[0].prompt_tokens) for members in _by_prompt(rows, share))
+    return prompts + sum(len(row.tokens) - 1 for row in rows)
+
+
+def plan_micro_batches(sizes: Sequence[int], budget: int, ranks: int = 1) -> Plan:
+    """Units of these sizes as micro-batches of at most `budget` slots on each rank, balanced; every unit is in exactly one.
+
+    A unit larger than the budget is alone in its place. A rank's list may be empty when there are too few units.
+    """
+    count = max(1, math.ceil(sum(min(size, budget) for size in sizes) / (budget * ranks)))
+    while True:
+        bins = _balanced(sizes, count * ranks)
+        if all(load <= budget or len(units) == 1 for load, units in bins):
+            break
+        count += 1
+    ordered = [units for _, units in sorted(bins, key=lambda b: (-b[0], b[1]))]  # ranks work on like sizes at a time
+    return [ordered[at : at + ranks] for at in range(0, len(ordered), ranks)]
+
+
+def _balanced(sizes: Sequence[int], count: int) -> list[tuple[int, list[int]]]:
+    """(load, units) of `count` bins: largest unit first, each into the bin with the least in it."""
+    heap: list[tuple[int, int]] = [(0, at) for at in range(count)]
+    units: list[list[int]] = [[] for _ in range(count)]
+    for unit in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        load, at = heapq.heappop(heap)
+        units[at].append(unit)
+        heapq.heappush(heap, (load + sizes[unit], at))
+    return [(load, units[at]) for load, at in heap]
+
+
+def split(rows: Sequence[Row], budget: int, *, share: bool = True) -> list[tuple[int, int]]:
+    """(start, stop) of the pieces of one unit that fit the budget: one piece, but for a unit that is larger."""
+    pieces, start = [], 0
+    for stop in range(1, len(rows) + 1):
+        if stop - start > 1 and slots(rows[start:stop], share=share) > budget:
+            pieces.append((start, stop - 1))
+            start = stop - 1
+    return [*pieces, (start, len(rows))]
+
+
+def _by_prompt(rows: Sequence[Row], share: bool) -> list[list[Row]]:
+    """The rows of each block: neighbours with one prompt, or each row alone."""
+    if not share:
+        return [[row] for row in rows]
+    return [list(same) for _, same in groupby(rows, key=lambda row: row.prompt_tokens.tobytes())]
 
 
 def padded(arrays: Sequence[np.ndarray]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from schemas.errors import UserError
-from trainer.forward import quiet
+from trainer.model import quiet
 from trainer.optim import Optimizers
 from trainer.schedule import Cursor
 

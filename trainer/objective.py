@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from schemas.recipe import DypoMethod
-from trainer.batch import Sequences, padded, sequences
+from trainer.batch import padded
 from trainer.losses import clipped_surrogate, group_alignment, sequence_surrogate, sft
 from trainer.rows import Row
 
@@ -58,7 +58,7 @@ class MicroBatch:
     """
 
     rows: list[Row]
-    sequences: Sequences
+    mask_BT: Tensor
     starts: list[int]
     old_BT: Tensor
     ref_BT: Tensor | None
@@ -67,6 +67,10 @@ class MicroBatch:
     sft_share_B: Tensor
     grpo_share_B: Tensor
     gal_share_G: list[float]
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.mask_BT.sum(-1)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def micro_batch(units: Sequence[Unit], counts: Counts, method: DypoMethod, devic
     ref_arrays = [r.old_logps if method.gal.ref == "old" else r.ref_logps for r in rows]
     return MicroBatch(
         rows=rows,
-        sequences=sequences(rows, device),
+        mask_BT=padded([np.ones(len(row.tokens), dtype=bool) for row in rows]).to(device),
         starts=starts,
         old_BT=by_token([r.old_logps for r in rows]),
         ref_BT=None if method.gal.ref == "none" else by_token(ref_arrays),
@@ -138,7 +142,7 @@ def micro_batch(units: Sequence[Unit], counts: Counts, method: DypoMethod, devic
 
 def components(logps_BT: Tensor, batch: MicroBatch, method: DypoMethod) -> Components:
     """The three sums of a micro-batch. logps_BT: response log-probs at the rows' temperatures, 0 outside the mask."""
-    mask_BT, dtype = batch.sequences.mask_BT, logps_BT.dtype
+    mask_BT, dtype = batch.mask_BT, logps_BT.dtype
     old_BT, advantage_B = batch.old_BT.to(dtype), batch.advantage_B.to(dtype)
     clips = {"clip_low": method.grpo.clip_low, "clip_high": method.grpo.clip_high}
     if method.grpo.ratio == "sequence":
@@ -163,8 +167,8 @@ def components(logps_BT: Tensor, batch: MicroBatch, method: DypoMethod) -> Compo
 
 def gal_summaries(logps_BT: Tensor, batch: MicroBatch, method: DypoMethod) -> tuple[Tensor, Tensor | None]:
     """Each row's log-prob reduced as GAL reads it (mean or sum over its tokens), for the policy and the reference."""
-    mask_BT = batch.sequences.mask_BT
-    divisor_B = batch.sequences.lengths_B if method.gal.logp_reduction == "mean" else 1
+    mask_BT = batch.mask_BT
+    divisor_B = batch.lengths_B if method.gal.logp_reduction == "mean" else 1
 
     def reduce(x_BT: Tensor) -> Tensor:
         return torch.where(mask_BT, x_BT, 0.0).sum(-1) / divisor_B

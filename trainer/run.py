@@ -11,15 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from schemas.errors import UserError, WorkError
 from schemas.ids import seed_from
 from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
-from trainer.forward import load_model
 from trainer.job import RoundEnd, TrainJob
 from trainer.journal import Journal
 from trainer.metrics import step_metrics, summary
+from trainer.model import PolicyLM, load_model
 from trainer.objective import Unit, count
 from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
 from trainer.rows import Row, Shards
@@ -70,16 +69,16 @@ def train_round(job: TrainJob) -> RoundEnd:
     raise AssertionError("the last step of a plan ends the round")
 
 
-def _begin(job: TrainJob) -> tuple[nn.Module, Optimizers, TrainerState]:
+def _begin(job: TrainJob) -> tuple[PolicyLM, Optimizers, TrainerState]:
     """From the round's newest checkpoint, bitwise; else from the start folder, with its optimizer moments if it has any."""
     done = job.sink.checkpoints()
     folder = done[max(done)] if done else job.start
     model = load_model(folder, job.policy)
-    optimizers = build_optimizers(model, job.train.method, job.train.optimizer)
+    optimizers = build_optimizers(model.lm, job.train.method, job.train.optimizer)
     state = load_state(folder) if done or job.round > 0 else None  # the run's base policy brings weights only
     torch.manual_seed(seed_from("torch", job.seed, job.round))
     if state is not None:
-        load_tensors(folder, model, optimizers, rng=bool(done))
+        load_tensors(folder, model.lm, optimizers, rng=bool(done))
     if not done:
         taken = state.before + state.steps if state is not None else 0
         state = TrainerState(round=job.round, steps=0, ended=None, cursor=Cursor(), before=taken)
@@ -89,7 +88,7 @@ def _begin(job: TrainJob) -> tuple[nn.Module, Optimizers, TrainerState]:
 
 
 def _update(
-    job: TrainJob, model: nn.Module, optimizers: Optimizers, step: Step, update: Update, units: list[Unit], taken: int
+    job: TrainJob, model: PolicyLM, optimizers: Optimizers, step: Step, update: Update, units: list[Unit], taken: int
 ) -> Observed:
     """One call of one optimizer; `taken` steps were really made before it in the run."""
     train = job.train
@@ -100,7 +99,6 @@ def _update(
         train.method,
         micro_batch_tokens=train.micro_batch_tokens,
         easy_scale=_easy_scale(job),
-        autocast=job.policy.dtype == "bfloat16",
     )
     norm = gradient_norm(model.parameters())
     seen.grad_norm = norm.item()
@@ -143,8 +141,8 @@ def _end(job: TrainJob, step: Step, metrics: Mapping[str, float]) -> str | None:
     return "ess" if metrics.get("ess", 1.0) < job.train.min_ess else None
 
 
-def _publish(job: TrainJob, model: nn.Module, optimizers: Optimizers, state: TrainerState) -> None:
+def _publish(job: TrainJob, model: PolicyLM, optimizers: Optimizers, state: TrainerState) -> None:
     def write(folder: Path) -> None:
-        save_checkpoint(folder, model, optimizers, state, start=job.start)
+        save_checkpoint(folder, model.lm, optimizers, state, start=job.start)
 
     job.sink.checkpoint(state.steps, write)

@@ -2,21 +2,28 @@
 
 One idea: the losses are differentiated down to the token log-probs only (a small [B, T] tensor), component by component;
 the mixture of those gradients is then sent through the model in one backward. So the losses never meet the model, and how
-GRPO and GAL agree is known exactly from gradients that are there anyway.
+GRPO and GAL agree is known exactly from gradients that are there anyway. It is also what lets a group be larger than the
+token budget: its log-probs are first collected piece by piece without a graph, the losses see the whole group, and each
+piece runs again with the gradient of its tokens (the two passes of ALGORITHMS 7.4, for any loss).
+With several processes every rank plans the whole update and takes its share of each micro-batch; ranks make the same
+number of forwards, since each is a collective, with idle ones where a rank has nothing.
 Left out: the optimizer, clipping, what to do when a number is not finite (run.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from schemas.recipe import DypoMethod
-from trainer.batch import plan_micro_batches
-from trainer.forward import response_logps
+from trainer.batch import Batch, pack, plan_micro_batches, slots, split
 from trainer.losses import pair_margins
+from trainer.model import PolicyLM
 from trainer.objective import (
     Components,
     Counts,
@@ -29,6 +36,7 @@ from trainer.objective import (
     mixture,
 )
 from trainer.rows import Row
+from trainer.team import ALONE, Team
 
 
 @dataclass
@@ -64,28 +72,99 @@ class Observed:
 
 
 def accumulate(
-    model: nn.Module,
+    model: PolicyLM,
     units: Sequence[Unit],
     counts: Counts,
     method: DypoMethod,
     *,
     micro_batch_tokens: int,
     easy_scale: float = 1.0,
-    autocast: bool = False,
+    team: Team = ALONE,
 ) -> Observed:
-    """Adds the gradient of `units` to the `.grad`s. `counts` are the whole update's, of which they may be a share."""
-    device = str(next(model.parameters()).device)
+    """Adds the gradient of `units` to the `.grad`s. `counts` are the whole update's, of which they may be a share.
+
+    With a team of several processes the `.grad`s hold the sum over its ranks, and what is returned is this rank's part.
+    """
     seen = Observed(counts, mixture(method, counts, easy_scale=easy_scale))
-    for chosen in plan_micro_batches(units, micro_batch_tokens):
-        batch = micro_batch([units[i] for i in chosen], counts, method, device)
-        logps_BT, entropy_BT = response_logps(model, batch.sequences, autocast=autocast)
-        leaf_BT = logps_BT.detach().requires_grad_()
-        values = components(leaf_BT, batch, method)
-        grads = _gradients(values, leaf_BT)
-        mixed_BT = seen.mixture.sft * grads.sft + seen.mixture.grpo * grads.grpo + seen.mixture.gal * grads.gal
-        logps_BT.backward(mixed_BT)
-        _observe(seen, batch, method, leaf_BT.detach(), entropy_BT, values, grads, mixed_BT)
+    sizes = [slots(unit, share=model.packed) for unit in units]
+    plan = plan_micro_batches(sizes, micro_batch_tokens, team.world)
+    for at, by_rank in enumerate(plan):
+        pieces = [_pieces(units, sizes, chosen, micro_batch_tokens, model.packed) for chosen in by_rank]
+        passes = max(1, *map(len, pieces))
+        last = at == len(plan) - 1
+        mine = [units[i] for i in by_rank[team.rank]]
+        batch = micro_batch(mine, counts, method, str(model.device)) if mine else None
+        _micro_step(model, batch, pieces[team.rank], passes, seen, method, team, last)
     return seen
+
+
+def _pieces(units: Sequence[Unit], sizes: list[int], chosen: list[int], budget: int, share: bool) -> list[tuple[int, int]]:
+    """(start, stop) of the rows that run together: all of a micro-batch, or parts of a unit larger than the budget."""
+    if len(chosen) == 1 and sizes[chosen[0]] > budget:
+        return split(units[chosen[0]], budget, share=share)
+    rows = sum(len(units[i]) for i in chosen)
+    return [(0, rows)] if rows else []
+
+
+def _micro_step(
+    model: PolicyLM,
+    batch: MicroBatch | None,
+    pieces: list[tuple[int, int]],
+    passes: int,
+    seen: Observed,
+    method: DypoMethod,
+    team: Team,
+    last: bool,
+) -> None:
+    """Forward, losses, backward of what is this rank's of one micro-batch; nothing of its own (batch None) runs idle."""
+    rows = [] if batch is None else batch.rows
+    packs = [pack(rows[start:stop], model.device, share=model.packed) for start, stop in pieces]
+    packs += [_idle(model)] * (passes - len(packs))
+    if passes == 1:
+        with team.sums_gradients(last):
+            logps_BT, entropy_BT = team.run(model, packs[0])
+            mixed_BT = _losses(seen, batch, method, logps_BT.detach(), entropy_BT)
+            logps_BT.backward(torch.zeros_like(logps_BT) if mixed_BT is None else mixed_BT * team.world)
+        return
+    with torch.no_grad():
+        looks = [team.run(model, p) for p in packs][: len(pieces)]
+    mixed_BT = None
+    if batch is not None:
+        logps_BT, entropy_BT = (_stack([look[i] for look in looks], batch.mask_BT.shape[1]) for i in (0, 1))
+        mixed_BT = _losses(seen, batch, method, logps_BT, entropy_BT)
+    for at, packed in enumerate(packs):
+        with team.sums_gradients(last and at == passes - 1):
+            again_BT, _ = team.run(model, packed)
+            if mixed_BT is None or at >= len(pieces):
+                again_BT.backward(torch.zeros_like(again_BT))
+            else:
+                start, stop = pieces[at]
+                again_BT.backward(mixed_BT[start:stop, : again_BT.shape[1]] * team.world)
+
+
+def _idle(model: PolicyLM) -> Batch:
+    """The smallest thing that a forward can run."""
+    nothing: Any = SimpleNamespace(prompt_tokens=np.zeros(1, np.int64), tokens=np.zeros(1, np.int64), temperature=1.0)
+    return pack([nothing], model.device)
+
+
+def _stack(parts: list[Tensor], width: int) -> Tensor:
+    """[B, width] from the rows of the pieces, which are padded to lengths of their own."""
+    return torch.cat([F.pad(part_BT, (0, width - part_BT.shape[1])) for part_BT in parts])
+
+
+def _losses(
+    seen: Observed, batch: MicroBatch | None, method: DypoMethod, logps_BT: Tensor, entropy_BT: Tensor
+) -> Tensor | None:
+    """d loss / d log-prob of each token, noted in `seen` on the way; None where there are no rows."""
+    if batch is None:
+        return None
+    leaf_BT = logps_BT.requires_grad_()
+    values = components(leaf_BT, batch, method)
+    grads = _gradients(values, leaf_BT)
+    mixed_BT = seen.mixture.sft * grads.sft + seen.mixture.grpo * grads.grpo + seen.mixture.gal * grads.gal
+    _observe(seen, batch, method, leaf_BT.detach(), entropy_BT, values, grads, mixed_BT)
+    return mixed_BT
 
 
 def _gradients(values: Components, leaf_BT: Tensor) -> Components:
@@ -128,7 +207,7 @@ def _observe(
     if method.gal_coefficient == 0:
         return
     summaries_B, ref_B = gal_summaries(logps_BT, batch, method)
-    lengths_B = batch.sequences.lengths_B.double()
+    lengths_B = batch.lengths_B.double()
     for start, stop in zip(batch.starts, batch.starts[1:], strict=False):
         correct_K = batch.correct_B[start:stop]
         ref_K = None if ref_B is None else ref_B[start:stop]

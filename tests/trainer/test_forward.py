@@ -1,4 +1,4 @@
-"""Log-probs: padded and batched equals one by one with full logits; the reference role; temperature by row."""
+"""Log-probs of stored rows: the reference role, one response at a time, temperature by row."""
 
 from pathlib import Path
 
@@ -10,10 +10,11 @@ from transformers import LlamaForCausalLM
 
 from schemas.errors import UserError
 from schemas.recipe import Policy
-from tests.trainer.tiny import VOCAB, make_shards
+from tests.trainer.tiny import VOCAB, make_shards, tiny_llama
 from trainer import forward
-from trainer.batch import sequences
-from trainer.forward import load_model, reference_logprobs, response_logps, sequence_logprobs
+from trainer.batch import pack
+from trainer.forward import reference_logprobs, sequence_logprobs
+from trainer.model import PolicyLM, load_model, packed_if_possible
 from trainer.rows import Shards
 
 
@@ -24,11 +25,11 @@ def logps_alone(model: torch.nn.Module, prompt: list[int], tokens: list[int], te
     return [logps[len(prompt) + t - 1, token].item() for t, token in enumerate(tokens)]
 
 
-def test_a_padded_batch_equals_one_by_one_and_sft_rows_keep_temperature_one(model: LlamaForCausalLM) -> None:
+def test_rl_rows_are_read_at_their_temperature_and_sft_rows_at_one(model: LlamaForCausalLM) -> None:
     table = make_shards(temperature=0.7)
     rows = Shards(table, None).rows(list(zip(table["route"].to_pylist(), table["item_id"].to_pylist(), strict=True)))
     with torch.no_grad():
-        logps_BT, entropy_BT = response_logps(model, sequences(rows))
+        logps_BT, entropy_BT = packed_if_possible(tiny_llama())(pack(rows))
     for row, logps_T, entropy_T in zip(rows, logps_BT, entropy_BT, strict=True):
         n, temperature = len(row.tokens), 0.7 if row.route == "rl" else 1.0
         want = logps_alone(model, row.prompt_tokens.tolist(), row.tokens.tolist(), temperature)
@@ -46,17 +47,6 @@ def test_sft_rows_ignore_a_temperature_written_in_the_shard() -> None:
     assert first.temperature == 1.0
 
 
-def test_entropy_is_that_of_the_distribution_at_the_row_s_temperature(model: LlamaForCausalLM) -> None:
-    table = make_shards(hard=0, mid=1, temperature=0.5)
-    (row,) = Shards(table, None).rows([("rl", table["item_id"][0].as_py())])
-    with torch.no_grad():
-        _, entropy_BT = response_logps(model, sequences([row]))
-        ids = torch.tensor([[*row.prompt_tokens.tolist(), *row.tokens.tolist()]])
-        logps = torch.log_softmax(model(input_ids=ids).logits[0].double() / 0.5, -1)
-    want = -(logps.exp() * logps).sum(-1)[len(row.prompt_tokens) - 1 : -1]
-    np.testing.assert_allclose(entropy_BT[0], want, atol=1e-5)
-
-
 def test_a_model_without_logits_to_keep_gives_the_same(model: LlamaForCausalLM) -> None:
     class Plain(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
@@ -64,18 +54,20 @@ def test_a_model_without_logits_to_keep_gives_the_same(model: LlamaForCausalLM) 
 
     table = make_shards()
     rows = Shards(table, None).rows([(r["route"], r["item_id"]) for r in table.to_pylist()])
+    batch = pack(rows, share=False)
     with torch.no_grad():
-        a, b = response_logps(model, sequences(rows))[0], response_logps(Plain(), sequences(rows))[0]
+        a, b = PolicyLM(model)(batch)[0], PolicyLM(Plain())(batch)[0]
     torch.testing.assert_close(a, b)
 
 
 def test_sequence_logprobs_take_a_folder_or_a_model(policy_folder: Path, model: LlamaForCausalLM) -> None:
     want = logps_alone(model, [4, 5], [6, 7, 1], 0.7)
     assert sequence_logprobs(policy_folder, [4, 5], [6, 7, 1], 0.7) == pytest.approx(want, abs=1e-5)
-    assert sequence_logprobs(model, [4, 5], [6, 7, 1], 0.7) == pytest.approx(want, abs=1e-5)
-    assert sequence_logprobs(model, [4, 5], [], 0.7) == []
+    loaded = load_model(policy_folder, Policy(model=policy_folder))
+    assert sequence_logprobs(loaded, [4, 5], [6, 7, 1], 0.7) == pytest.approx(want, abs=1e-5)
+    assert sequence_logprobs(loaded, [4, 5], [], 0.7) == []
     with pytest.raises(ValueError, match="prompt"):
-        sequence_logprobs(model, [], [6], 0.7)
+        sequence_logprobs(loaded, [], [6], 0.7)
 
 
 def test_reference_logprobs_cover_the_rl_rows_once_at_their_temperature(
@@ -118,11 +110,11 @@ def test_reference_logprobs_of_a_bfloat16_policy_are_those_that_training_compute
         {row["item_id"]: row["logprobs"] for t in reference_logprobs(policy_folder, table, p, 1) for row in t.to_pylist()}
         for p in (half, exact)
     )
-    model, shards = load_model(policy_folder, exact), Shards(table, None)
+    model, shards = load_model(policy_folder, half), Shards(table, None)
     for prompt in sorted(set(table["prompt_id"].to_pylist())):
         rows = shards.rows([("rl", r["item_id"]) for r in table.to_pylist() if r["prompt_id"] == prompt])
         with torch.no_grad():
-            logps_BT, _ = response_logps(model, sequences(rows), autocast=True)
+            logps_BT, _ = model(pack(rows))
         for row, logps_T in zip(rows, logps_BT.tolist(), strict=True):
             assert got[row.item_id] == logps_T[: len(row.tokens)]
             assert got[row.item_id] != plain[row.item_id]
@@ -134,16 +126,10 @@ def test_the_pad_token_s_embedding_learns_like_any_other(policy_folder: Path) ->
     model = load_model(policy_folder, Policy(model=policy_folder, device="cpu"))
     table = make_shards(hard=1, mid=0).to_pylist()[0] | {"prompt_tokens": [5, 0, 5]}
     (row,) = Shards(pa.Table.from_pylist([table], make_shards().schema), None).rows([("sft", table["item_id"])])
-    taken: list[torch.Tensor] = []
-    embedding = model.get_submodule("model.embed_tokens")
-    embedding.register_forward_hook(lambda m, i, out: (out.retain_grad(), taken.append(out))[0])
-    logps_BT, _ = response_logps(model, sequences([row]))
-    head_only = torch.autograd.grad(logps_BT.sum(), taken[0], retain_graph=True)[0][0, 1]
-    assert head_only.abs().sum() > 0
-    model.get_submodule("lm_head").weight = torch.nn.Parameter(
-        embedding.weight.detach().clone()
-    )  # untie: the input side alone
-    response_logps(model, sequences([row]))[0].sum().backward()
+    lm = model.lm
+    embedding, head = lm.get_submodule("model.embed_tokens"), lm.get_submodule("lm_head")
+    head.weight = torch.nn.Parameter(embedding.weight.detach().clone())  # untied: the input side alone
+    model(pack([row]))[0].sum().backward()
     assert embedding.weight.grad[0].abs().sum() > 0
 
 

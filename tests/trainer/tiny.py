@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from schemas.recipe import Policy, Train
 from schemas.tables import ARROW
 from trainer.job import TrainJob
+from trainer.model import PolicyLM, packed_if_possible
 
 VOCAB, EOS = 32, 1
 
@@ -52,6 +53,23 @@ class ExactLM(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
         seen_BLH = torch.tanh(self.mix(self.embedding(input_ids))).cumsum(1)
         return SimpleNamespace(logits=self.head(torch.sin(seen_BLH)))
+
+
+def exact_llama() -> LlamaForCausalLM:
+    """tiny_llama in float64 throughout: norms that do not go through float32."""
+    model = tiny_llama().double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
+            model.set_submodule(name, norm)
+    return model
+
+
+def policy_lm(make: Callable[[], torch.nn.Module] = exact_llama) -> PolicyLM:
+    """A model as the trainer runs it; ExactLM sums over what it has seen, so it cannot be packed, and a Llama can."""
+    model = packed_if_possible(make())
+    assert model.packed == (not isinstance(model.lm, ExactLM)), model.why_not
+    return model
 
 
 def shard_row(
