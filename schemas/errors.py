@@ -18,3 +18,11 @@ class UserError(DypoError):
     """Refused before any work: usage, recipe, input data, an altered or foreign table. Exits with 2."""
 
     exit_code = 2
+
+
+class Reported(DypoError):
+    """A process that this one started ended badly and said why; nothing is left to say but its exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a process ended with exit code {exit_code}")
+        self.exit_code = exit_code

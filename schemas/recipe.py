@@ -307,12 +307,28 @@ class Optimizer(Model):
     final_fraction: float = Field(default=0.1, ge=0, le=1, description="of lr, reached at the last step of the run")
 
 
+class Lora(Model):
+    """A LoRA adapter (peft) on the base policy, instead of all weights; for the whole run."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    target_modules: str | list[str] = Field(default="all-linear", description="peft's; the output head is left out")
+
+
 class Train(Model):
     """One round of training on that round's shards."""
 
     steps: int = Field(ge=1, description="optimizer steps in a round")
     prompts_per_step: int = Field(ge=1, description="gated prompts (Hard and Mid together) in a step")
-    micro_batch_tokens: int = Field(default=16384, ge=1, description="token slots in one forward; whole groups")
+    micro_batch_tokens: int = Field(
+        default=16384, ge=1, description="token slots in one forward, on each process; the gradient does not depend on it"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="keep each layer's input only, and run it twice")
+    processes: int = Field(default=1, ge=1, description="ranks on this machine, started as torchrun does")
+    spread: Literal["ddp", "fsdp"] = Field(
+        default="fsdp", description="of several processes: each holds the model, or a share of each layer (FSDP2)"
+    )
+    lora: Lora | None = None
     checkpoint_every: int = Field(default=50, ge=1)
     min_ess: float = Field(default=0.0, ge=0, le=1, description="end the round when a step's effective sample size is below")
     method: Method = DypoMethod()

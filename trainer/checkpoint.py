@@ -1,8 +1,10 @@
 """A checkpoint: a Hugging Face folder, with what the trainer needs to go on in its `trainer/` folder.
 
-    config.json, *.safetensors           the model, float32, by save_pretrained
+    config.json, *.safetensors           the model, whole and float32, by save_pretrained; with LoRA, the adapter merged in
+    adapter/                             with LoRA: the adapter in peft's format
     tokenizer files, chat template, ...  copied byte for byte from the folder that the round began from
-    trainer/tensors.safetensors          AdamW moments as OPTIMIZER/PARAMETER/NAME, and torch's RNG state
+    trainer/tensors/*.safetensors        AdamW moments as OPTIMIZER/PARAMETER/NAME, and torch's RNG state: written by
+                                         torch.distributed.checkpoint, each rank its share, read by any number of ranks
     trainer/state.json                   round, steps done, how the round ended, cursors
 
 One idea: resuming is bitwise, so everything is stored exactly (float32, no pickle) and what can be computed again (the plan,
@@ -12,20 +14,28 @@ before takes the moments and leaves the rest. Left out: atomic publication, whic
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import PreTrainedModel
 
 from schemas.errors import UserError
-from trainer.model import quiet
+from trainer import adapter
+from trainer.model import PolicyLM, quiet
 from trainer.optim import Optimizers
 from trainer.schedule import Cursor
+from trainer.team import ALONE, Team, whole
 
 VERSION = 1
+TENSORS = Path("trainer") / "tensors"
+RNG = "rng/torch"
 COPIED = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "*.model", "*.tiktoken"),
     *("chat_template*", "additional_chat_templates", "generation_config.json"),
@@ -47,28 +57,61 @@ class TrainerState:
     version: int = VERSION
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizers: Optimizers, state: TrainerState, *, start: Path) -> None:
-    """Fills an empty folder. `start` is where tokenizer files and the like are copied from."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"a checkpoint is a Hugging Face folder; {type(model).__name__} has no save_pretrained")
-    with quiet():
-        model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)  # the start's own, or none: it names the stop tokens
-    for pattern in COPIED:
-        for source in sorted(start.glob(pattern)):
-            if source.is_dir():
-                shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(source, folder / source.name)
-    inside = folder / "trainer"
-    inside.mkdir()
-    tensors = {"rng/torch": torch.get_rng_state()}
-    for which, optimizer in optimizers.items():
-        for name, parameter in model.named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{which}/{name}/{key}"] = value.detach().cpu().contiguous()
-    save_file(tensors, inside / "tensors.safetensors")
-    (inside / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+def save_checkpoint(
+    folder: Path, model: PolicyLM, optimizers: Optimizers, state: TrainerState, *, start: Path, team: Team = ALONE
+) -> None:
+    """Fills an empty folder; every rank of a team calls it. `start` is where tokenizer files and the like are copied from."""
+    lm = model.lm
+    if not isinstance(lm, PreTrainedModel):
+        raise TypeError(f"a checkpoint is a Hugging Face folder; {type(lm).__name__} has no save_pretrained")
+    weights = _weights(lm)
+    if team.leads:
+        with quiet():
+            adapter.save(lm, weights, folder) if adapter.of(lm) else lm.save_pretrained(folder, state_dict=weights)
+        (folder / "generation_config.json").unlink(missing_ok=True)  # the start's own, or none: it names the stop tokens
+        for pattern in COPIED:
+            for source in sorted(start.glob(pattern)):
+                if source.is_dir():
+                    shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
+                else:
+                    shutil.copyfile(source, folder / source.name)
+        (folder / TENSORS).mkdir(parents=True)
+        (folder / "trainer" / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+    team.wait()
+    tensors = _moments(lm, optimizers) | {RNG: torch.get_rng_state()}
+    with _plain_errors():
+        writer = HuggingFaceStorageWriter(str(folder / TENSORS), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=team.world == 1)
+
+
+def _weights(lm: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the model, whole; one that is there under two names (tied embeddings) stays one."""
+    made: dict[int, Tensor] = {}
+    return {
+        name: made.setdefault(id(tensor), whole(tensor)) if id(tensor) not in made else made[id(tensor)]
+        for name, tensor in lm.state_dict(keep_vars=True).items()
+    }
+
+
+def _moments(lm: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """The optimizers' state as it lies there: sharded like the parameters."""
+    return {
+        f"{which}/{name}/{key}": value
+        for which, optimizer in optimizers.items()
+        for name, parameter in lm.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """torch.distributed.checkpoint without its advice that one process is one process, and with its cause as the error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except dcp.api.CheckpointException as e:
+            raise next(iter(e.failures.values()))[0] from None
 
 
 def load_state(folder: Path) -> TrainerState | None:
@@ -85,22 +128,29 @@ def load_state(folder: Path) -> TrainerState | None:
     return TrainerState(**{**found, "cursor": Cursor(**found["cursor"])})
 
 
-def load_tensors(folder: Path, model: nn.Module, optimizers: Optimizers, *, rng: bool) -> None:
+def load_tensors(folder: Path, model: PolicyLM, optimizers: Optimizers, *, rng: bool, team: Team = ALONE) -> None:
     """Puts the stored moments into the optimizers, and with `rng` torch's RNG back where it was.
 
     An optimizer that the folder knows nothing of begins fresh. UserError if a moment does not fit its parameter.
     """
-    path = folder / "trainer" / "tensors.safetensors"
-    tensors = load_file(path)
+    path = folder / TENSORS
+    reader = HuggingFaceStorageReader(str(path))
+    stored = {key: list(meta.size) for key, meta in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
     for which, optimizer in optimizers.items():
-        for name, parameter in model.named_parameters():
-            prefix = f"{which}/{name}/"
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if any(key != "step" and value.shape != parameter.shape for key, value in state.items()):
-                raise UserError(f"{path}: the moments of {name} do not have its shape; the folder belongs to another model")
-            if state:
+        for name, parameter in model.lm.named_parameters():
+            if f"{which}/{name}/step" in stored and parameter.requires_grad:
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
                 }
+    tensors = _moments(model.lm, optimizers) | {RNG: torch.get_rng_state()}
+    for key, tensor in tensors.items():
+        if stored.get(key) != list(tensor.shape):
+            raise UserError(
+                f"{path}: {key} has shape {stored.get(key)}, expected {list(tensor.shape)}; the folder belongs to another model"
+            )
+    with _plain_errors():
+        dcp.load(tensors, storage_reader=reader, no_dist=team.world == 1)
     if rng:
-        torch.set_rng_state(tensors["rng/torch"])
+        torch.set_rng_state(tensors[RNG])

@@ -38,6 +38,25 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
+class Reader:
+    """What ranks other than the leader have of its sink: they look, and write nothing."""
+
+    leaders: Sink
+
+    def write(self, table: str, rows: pa.Table, part: str) -> None: ...
+
+    def cut(self, table: str, step: int) -> None: ...
+
+    def checkpoints(self) -> dict[int, Path]:
+        return self.leaders.checkpoints()
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
+        raise AssertionError("only the leader publishes")
+
+    def progress(self, done: int, total: int, note: str) -> None: ...
+
+
+@dataclass(frozen=True)
 class TrainJob:
     """One round of training.
 

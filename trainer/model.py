@@ -175,12 +175,20 @@ def recompute_activations(lm: nn.Module) -> None:
 
     Not transformers' own, which does nothing in eval mode, the mode that keeps dropout off.
     """
+    for layer in layers_of(lm):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def layers_of(lm: nn.Module) -> list[nn.Module]:
+    """The decoder layers. UserError for a model that does not say what they are."""
     names = set(getattr(lm, "_no_split_modules", None) or ())
     layers = [module for module in lm.modules() if type(module).__name__ in names]
     if not layers:
-        raise UserError(f"train.gradient_checkpointing: {type(lm).__name__} does not say what its layers are; set it to false")
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        raise UserError(
+            f"{type(lm).__name__} does not say what its layers are, which train.gradient_checkpointing and train.spread = "
+            "'fsdp' need to know; leave them out"
+        )
+    return layers
 
 
 @contextmanager

@@ -14,23 +14,26 @@ import torch
 
 from schemas.errors import UserError, WorkError
 from schemas.ids import seed_from
+from trainer import adapter
 from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
-from trainer.job import RoundEnd, TrainJob
+from trainer.job import Reader, RoundEnd, TrainJob
 from trainer.journal import Journal
 from trainer.metrics import step_metrics, summary
-from trainer.model import PolicyLM, load_model
+from trainer.model import PolicyLM, device_of, load_model, recompute_activations
 from trainer.objective import Unit, count
 from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
 from trainer.rows import Row, Shards
 from trainer.schedule import Cursor, Step, Update, plan_round
-from trainer.step import Observed, accumulate
+from trainer.step import Observed, accumulate, merged
+from trainer.team import Team, join
 
 
 def train_round(job: TrainJob) -> RoundEnd:
     """Trains one round, from its newest checkpoint if there is one. See TrainJob for what goes in.
 
-    Raises UserError before any work if the shards cannot be trained on, and WorkError, before the update, if a loss or a
-    gradient is not finite; checkpoints, draws and metrics up to the last checkpoint are then kept.
+    Under torchrun every rank calls it with the same job; the leader writes. Raises UserError before any work if the shards
+    cannot be trained on, and WorkError, before the update, if a loss or a gradient is not finite; checkpoints, draws and
+    metrics up to the last checkpoint are then kept.
     """
     method = job.train.method
     if method.needs_reference and job.ref is None:
@@ -38,13 +41,15 @@ def train_round(job: TrainJob) -> RoundEnd:
     shards = Shards(job.shards, job.ref if method.needs_reference else None)
     plan = plan_round(job.shards, job.train, seed=job.seed, round=job.round)
 
-    model, optimizers, state = _begin(job)
+    team = join(job.train.spread, device_of(job.policy))
+    job = job if team.leads else replace(job, sink=Reader(job.sink))
+    model, optimizers, state = _begin(job, team)
     job.sink.cut("draws", state.steps)
     job.sink.cut("metrics", state.steps)
     if state.ended is not None:
         return RoundEnd(state.steps, state.ended)
     if not plan:
-        _publish(job, model, optimizers, replace(state, ended="empty"))
+        _publish(job, model, optimizers, replace(state, ended="empty"), team)
         return RoundEnd(0, "empty")
 
     journal = Journal(job.sink, job.round)
@@ -55,30 +60,33 @@ def train_round(job: TrainJob) -> RoundEnd:
         for update in step.updates:
             units = [shards.rows(visit.items) for visit in update.visits]
             drawn += [row for unit in units for row in unit]
-            seen[update.optimizer] = _update(job, model, optimizers, step, update, units, state.before + step.index)
+            seen[update.optimizer] = _update(job, model, optimizers, step, update, units, state.before + step.index, team)
         metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
         journal.add(step, drawn, metrics)
 
         state = replace(state, steps=step.index + 1, cursor=step.cursor, ended=_end(job, step, metrics))
         if state.ended is not None or state.steps % job.train.checkpoint_every == 0:
             journal.flush()
-            _publish(job, model, optimizers, state)
+            _publish(job, model, optimizers, state, team)
         job.sink.progress(state.steps, len(plan), summary(metrics))
         if state.ended is not None:
             return RoundEnd(state.steps, state.ended)
     raise AssertionError("the last step of a plan ends the round")
 
 
-def _begin(job: TrainJob) -> tuple[PolicyLM, Optimizers, TrainerState]:
+def _begin(job: TrainJob, team: Team) -> tuple[PolicyLM, Optimizers, TrainerState]:
     """From the round's newest checkpoint, bitwise; else from the start folder, with its optimizer moments if it has any."""
     done = job.sink.checkpoints()
     folder = done[max(done)] if done else job.start
-    model = load_model(folder, job.policy)
+    model = _load(job, folder)
+    if job.train.gradient_checkpointing:
+        recompute_activations(model.lm)
+    team.share(model)
     optimizers = build_optimizers(model.lm, job.train.method, job.train.optimizer)
     state = load_state(folder) if done or job.round > 0 else None  # the run's base policy brings weights only
     torch.manual_seed(seed_from("torch", job.seed, job.round))
     if state is not None:
-        load_tensors(folder, model.lm, optimizers, rng=bool(done))
+        load_tensors(folder, model, optimizers, rng=bool(done), team=team)
     if not done:
         taken = state.before + state.steps if state is not None else 0
         state = TrainerState(round=job.round, steps=0, ended=None, cursor=Cursor(), before=taken)
@@ -87,8 +95,30 @@ def _begin(job: TrainJob) -> tuple[PolicyLM, Optimizers, TrainerState]:
     return model, optimizers, state
 
 
+def _load(job: TrainJob, folder: Path) -> PolicyLM:
+    """The model of a folder; with LoRA the run's base policy, and the folder's adapter on it."""
+    if job.train.lora is None:
+        return load_model(folder, job.policy)
+    has_adapter = (folder / adapter.FOLDER).is_dir()
+    if folder != job.policy.model and not has_adapter:
+        raise UserError(
+            f"{folder}: trained without an adapter, so train.lora cannot go on from it; it is for a whole run: begin a new "
+            "one with policy.model set to this folder"
+        )
+    model = load_model(job.policy.model, job.policy)
+    adapter.attach(model.lm, job.train.lora, folder if has_adapter else None)
+    return model
+
+
 def _update(
-    job: TrainJob, model: PolicyLM, optimizers: Optimizers, step: Step, update: Update, units: list[Unit], taken: int
+    job: TrainJob,
+    model: PolicyLM,
+    optimizers: Optimizers,
+    step: Step,
+    update: Update,
+    units: list[Unit],
+    taken: int,
+    team: Team,
 ) -> Observed:
     """One call of one optimizer; `taken` steps were really made before it in the run."""
     train = job.train
@@ -99,7 +129,9 @@ def _update(
         train.method,
         micro_batch_tokens=train.micro_batch_tokens,
         easy_scale=_easy_scale(job),
+        team=team,
     )
+    seen = merged(team.everyones(seen))
     norm = gradient_norm(model.parameters())
     seen.grad_norm = norm.item()
     _refuse_non_finite(seen, job, step, units)
@@ -141,8 +173,13 @@ def _end(job: TrainJob, step: Step, metrics: Mapping[str, float]) -> str | None:
     return "ess" if metrics.get("ess", 1.0) < job.train.min_ess else None
 
 
-def _publish(job: TrainJob, model: PolicyLM, optimizers: Optimizers, state: TrainerState) -> None:
-    def write(folder: Path) -> None:
-        save_checkpoint(folder, model.lm, optimizers, state, start=job.start)
+def _publish(job: TrainJob, model: PolicyLM, optimizers: Optimizers, state: TrainerState, team: Team) -> None:
+    """The leader's sink makes the folder and publishes it; all ranks fill it."""
 
-    job.sink.checkpoint(state.steps, write)
+    def write(folder: Path | None) -> None:
+        folder = Path(team.leaders(str(folder)))
+        save_checkpoint(folder, model, optimizers, state, start=job.start, team=team)
+        team.wait()
+
+    job.sink.checkpoint(state.steps, write) if team.leads else write(None)
+    team.wait()

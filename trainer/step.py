@@ -11,7 +11,7 @@ Left out: the optimizer, clipping, what to do when a number is not finite (run.p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +69,19 @@ class Observed:
     def total(self) -> float:
         """The value that was differentiated."""
         return self.mixture.sft * self.sft + self.mixture.grpo * self.grpo + self.mixture.gal * self.gal
+
+
+OF_THE_UPDATE = ("counts", "mixture", "grad_norm", "rate")  # what every rank has alike
+SUMS = [f.name for f in fields(Observed) if f.name not in OF_THE_UPDATE]
+
+
+def merged(parts: Sequence[Observed]) -> Observed:
+    """What all ranks saw of one update together."""
+    whole = replace(parts[0])
+    for part in parts[1:]:
+        for name in SUMS:
+            setattr(whole, name, getattr(whole, name) + getattr(part, name))
+    return whole
 
 
 def accumulate(

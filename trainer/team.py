@@ -1,29 +1,112 @@
-"""One process or several, seen from the step: who takes which share, and how gradients are summed.
+"""One process or several, seen from the round: who leads, how the model is spread, how gradients and numbers come together.
 
-One idea: `ALONE` is a team of one, so that the step has one text.
+One idea: `ALONE` is a team of one, so that the loop has one text. A team is what torchrun started: `join` reads its
+environment. The leader, rank 0, does everything that touches the run folder; the others read it and compute.
+
+    ddp    each rank holds the model; torch's DistributedDataParallel sums gradients at the last backward of an update
+    fsdp   each rank holds a share of every layer; torch's FSDP2 gathers a layer when it runs
+
+Both average over ranks, so the gradient of the log-probs is multiplied by the number of ranks (step.py): the denominators
+are those of the whole update already. Left out: which rows a rank takes (batch.py, step.py), starting ranks (launch.py).
 """
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer.batch import Batch
-from trainer.model import PolicyLM
+from trainer.model import PolicyLM, layers_of
+
+PATIENCE = timedelta(hours=12)  # how long ranks wait for the leader, which computes reference log-probs alone
 
 
 @dataclass(frozen=True)
 class Team:
+    """This process's place among `world`; `spread` says how they share the model."""
+
     rank: int = 0
     world: int = 1
+    spread: str = "ddp"
+    _wrapped: dict[int, nn.Module] = field(default_factory=dict, repr=False)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, model: PolicyLM) -> None:
+        """Spreads the model over the ranks, in place. Before the optimizers are made."""
+        if self.world == 1:
+            return
+        if self.spread == "fsdp":
+            for layer in layers_of(model.lm):
+                fully_shard(layer)
+            fully_shard(model)
+        else:
+            self._wrapped[id(model)] = DistributedDataParallel(model)
 
     def run(self, model: PolicyLM, batch: Batch) -> tuple[Tensor, Tensor]:
-        return model(batch)
+        """The model's forward, as `PolicyLM.forward`; a collective when there are several ranks."""
+        return self._wrapped.get(id(model), model)(batch)
 
     @contextmanager
     def sums_gradients(self, now: bool) -> Iterator[None]:
-        yield
+        """Around a forward and its backward: ddp talks at an update's last one only, fsdp at each."""
+        wrapped = next(iter(self._wrapped.values()), None)
+        with nullcontext() if now or wrapped is None else cast(DistributedDataParallel, wrapped).no_sync():
+            yield
+
+    def everyones(self, mine: Any) -> list[Any]:
+        """What each rank has, in the order of ranks."""
+        if self.world == 1:
+            return [mine]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, mine)
+        return found
+
+    def leaders(self, mine: Any) -> Any:
+        """What the leader has."""
+        return self.everyones(mine)[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
 
 
 ALONE = Team()
+
+
+def in_team() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join(spread: str, device: str) -> Team:
+    """The team that torchrun's environment names; ALONE without one. Waits for all of its ranks."""
+    if not in_team():
+        return ALONE
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    return Team(dist.get_rank(), dist.get_world_size(), spread)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on the CPU: a collective; any other as it is."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu()

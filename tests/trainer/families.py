@@ -13,7 +13,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 256,
-    "initializer_range": 0.3,
+    "initializer_range": 0.15,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from schemas.recipe import DypoMethod, Optimizer
 from tests.trainer import by_hand
-from tests.trainer.tiny import FolderSink, Killed, make_job, make_ref, make_shards, make_train, tiny_llama
+from tests.trainer.tiny import FolderSink, Killed, make_job, make_ref, make_shards, make_train, tiny_llama, stored_tensors
 from trainer.optim import apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
 from trainer.run import train_round
 
@@ -84,7 +84,7 @@ def test_two_steps_of_a_round_are_two_steps_of_adamw_with_the_recipe_s_numbers(p
     assert rates_of(sink, "grad_norm") == pytest.approx(norms, rel=1e-3)
     assert max(norms) / min(norms) > 1.05
     assert min(norms) > 0.5
-    stored = load_file(sink.checkpoints()[2] / "trainer" / "tensors.safetensors")
+    stored = stored_tensors(sink.checkpoints()[2])
     weights = load_file(sink.checkpoints()[2] / "model.safetensors")
     for name, parameter in model.named_parameters():
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -100,7 +100,7 @@ def test_each_queue_s_update_steps_its_own_optimizer(policy_folder: Path, tmp_pa
     made = {"main": len(rates_of(sink, "lr")), "sft": len(rates_of(sink, "lr_sft"))}
     assert made["main"] != made["sft"]
     assert min(made.values()) > 0
-    stored = load_file(sink.checkpoints()[8] / "trainer" / "tensors.safetensors")
+    stored = stored_tensors(sink.checkpoints()[8])
     for which, updates in made.items():
         steps = {value.item() for name, value in stored.items() if name.startswith(f"{which}/") and name.endswith("/step")}
         assert steps == {updates}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.tiny import FolderSink, Killed, make_job, make_train
+from tests.trainer.tiny import FolderSink, Killed, make_job, make_train, stored_tensors
 from trainer.checkpoint import load_state
 from trainer.run import train_round
 
@@ -25,7 +25,7 @@ def rows_that_repeat(sink: FolderSink) -> tuple[list[dict], list[dict]]:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors") | load_file(folder / "trainer" / "tensors.safetensors")
+    return load_file(folder / "model.safetensors") | stored_tensors(folder)
 
 
 def assert_bitwise(a: Path, b: Path) -> None:

@@ -16,7 +16,7 @@ from schemas.errors import UserError, WorkError
 from schemas.recipe import Policy
 from schemas.tables import ARROW
 from tests.trainer import by_hand
-from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train, tiny_llama
+from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train, tiny_llama, stored_tensors
 from trainer.metrics import effective_sample_size
 from trainer.run import train_round
 from trainer.schedule import plan_round
@@ -124,7 +124,7 @@ def test_the_run_s_base_policy_brings_weights_only_even_if_it_was_trained_before
         sink = FolderSink(tmp_path / name)
         train_round(make_job(start, sink))
         folder = sink.checkpoints()[6]
-        ends.append(load_file(folder / "model.safetensors") | load_file(folder / "trainer" / "tensors.safetensors"))
+        ends.append(load_file(folder / "model.safetensors") | stored_tensors(folder))
         rates.append(metric(sink, "lr"))
     assert rates[0] == rates[1]
     assert {v.item() for n, v in ends[0].items() if n.endswith("/step")} == {6.0}

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from schemas.recipe import Policy, Train
@@ -179,6 +180,12 @@ def make_ref(shards: pa.Table, seed: int = 5) -> pa.Table:
         if row["route"] == "rl"
     ]
     return pa.Table.from_pylist(rows, ARROW["logprobs"])
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint of one process keeps beside the model: moments and RNG state."""
+    (path,) = (folder / "trainer" / "tensors").glob("*.safetensors")
+    return load_file(path)
 
 
 class Killed(RuntimeError):
