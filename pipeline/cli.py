@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from schemas.errors import DypoError, UserError
+from schemas.errors import DypoError, Reported, UserError
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -45,7 +45,8 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except DypoError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if not isinstance(e, Reported):
+            print(f"error: {e}", file=sys.stderr)
         _leave(e.exit_code)
     except typer.Exit as e:
         _leave(e.exit_code)
@@ -186,11 +187,18 @@ def train(
     target: Target, round: Round = None, set: Set = None, regenerate: Regenerate = False, as_json: Json = False
 ) -> None:
     """Train one round on its shards; goes on where a killed run stopped."""
+    from pipeline.context import load
     from pipeline.stages import train as stage
+    from pipeline.store import HELD
     from trainer import api
 
+    if os.environ.get("RANK", "0") != "0":  # one of several processes that torchrun started: rank 0 does the writing
+        ctx = load(target, set)
+        return stage.follow(ctx, ctx.newest_round() if round is None else round, api)
     with _writing(target, set) as ctx:
-        _tell(stage.run(ctx, ctx.newest_round() if round is None else round, api, regenerate=regenerate), as_json)
+        outcomes = stage.run(ctx, ctx.newest_round() if round is None else round, api, regenerate=regenerate)
+        if HELD not in os.environ:  # else whoever started this process tells
+            _tell(outcomes, as_json)
 
 
 @app.command()

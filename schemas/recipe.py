@@ -311,7 +311,7 @@ class Lora(Model):
     """A LoRA adapter (peft) on the base policy, instead of all weights; for the whole run."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    alpha: int = Field(default=32, ge=1, description="the adapter's output is scaled by alpha / rank")
     target_modules: str | list[str] = Field(default="all-linear", description="peft's; the output head is left out")
 
 

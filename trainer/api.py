@@ -2,13 +2,18 @@
 
 from trainer.forward import reference_logprobs, sequence_logprobs
 from trainer.job import RoundEnd, Sink, TrainJob
+from trainer.launch import launch
 from trainer.model import load_model
 from trainer.run import train_round
+from trainer.team import assemble, in_team
 
 __all__ = [
     "RoundEnd",
     "Sink",
     "TrainJob",
+    "assemble",
+    "in_team",
+    "launch",
     "load_model",
     "reference_logprobs",
     "sequence_logprobs",

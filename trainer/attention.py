@@ -58,7 +58,7 @@ def packed_attention(
 def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, scaling: float | None, window: int | None) -> list[Tensor]:
     """The block's slots, in order: the prompt, then each response."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
 
     def slots(x: Tensor, start: int, length: int) -> Tensor:
@@ -68,10 +68,10 @@ def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, scaling: float | None,
     whole = len(block.responses) == 1
     if whole or size <= WHOLE_BLOCK:
         mask = None if whole and not _hides(window, size) else _block_mask((prompt, *block.responses), window)
-        return [attend(*(slots(x, start, size) for x in (q, k, v)), mask)]
+        return [attend(mask, *(slots(x, start, size) for x in (q, k, v)))]
 
     own = [slots(x, start, prompt) for x in (q, k, v)]
-    out = [attend(*own, _lower_right(prompt, prompt, window) if _hides(window, prompt) else None)]
+    out = [attend(_lower_right(prompt, prompt, window) if _hides(window, prompt) else None, *own)]
     at = start + prompt
     for length in block.responses:
         if length == 0:
@@ -79,9 +79,9 @@ def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, scaling: float | None,
         q_L, k_L, v_L = (torch.cat([p, slots(x, at, length)], 2) for p, x in zip(own, (q, k, v), strict=True))
         if length < prompt or _hides(window, prompt + length):
             mask = _lower_right(length, prompt + length, window)
-            out.append(attend(q_L[:, :, prompt:], k_L, v_L, mask))
+            out.append(attend(mask, q_L[:, :, prompt:], k_L, v_L))
         else:  # plain causal attention needs no mask and skips what is hidden: cheaper, though the prompt's part is dropped
-            out.append(attend(q_L, k_L, v_L, None)[:, :, prompt:])
+            out.append(attend(None, q_L, k_L, v_L)[:, :, prompt:])
         at += length
     return out
 

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import PreTrainedModel
 
 from schemas.errors import UserError
@@ -81,7 +82,7 @@ def save_checkpoint(
     tensors = _moments(lm, optimizers) | {RNG: torch.get_rng_state()}
     with _plain_errors():
         writer = HuggingFaceStorageWriter(str(folder / TENSORS), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=team.world == 1)
+        state_dict_saver.save(tensors, storage_writer=writer, no_dist=team.world == 1)
 
 
 def _weights(lm: nn.Module) -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ def _plain_errors() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             yield
-        except dcp.api.CheckpointException as e:
+        except CheckpointException as e:
             raise next(iter(e.failures.values()))[0] from None
 
 
@@ -151,6 +152,6 @@ def load_tensors(folder: Path, model: PolicyLM, optimizers: Optimizers, *, rng: 
                 f"{path}: {key} has shape {stored.get(key)}, expected {list(tensor.shape)}; the folder belongs to another model"
             )
     with _plain_errors():
-        dcp.load(tensors, storage_reader=reader, no_dist=team.world == 1)
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=team.world == 1)
     if rng:
         torch.set_rng_state(tensors[RNG])

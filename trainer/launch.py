@@ -12,8 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from schemas.errors import Reported, WorkError
-
-LEFT_ALONE = 75  # exit code of a rank that ended because another one did
+from trainer.team import LEFT_ALONE
 
 
 def launch(command: list[str], processes: int, env: dict[str, str]) -> None:
@@ -50,7 +49,8 @@ def _why(e: ChildFailedError) -> Exception:
     told = [code for code in codes.values() if code in (1, 2, 130)]
     if told and not killed:
         return Reported(min(told))
-    rank, code = min(killed.items()) if killed else min(codes.items())
+    others = {rank: code for rank, code in codes.items() if code != LEFT_ALONE}
+    rank, code = min((killed or others or codes).items())
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return WorkError(
         f"train: rank {rank} {how}, so the other ranks were stopped. Checkpoints are kept; the same command goes on "

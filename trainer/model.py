@@ -113,7 +113,9 @@ def load_model(folder: Path, policy: Policy) -> PolicyLM:
     model = packed_if_possible(lm)
     model.autocast = policy.dtype == "bfloat16"
     if model.why_not:
-        warnings.warn(f"{folder}: rows are not packed, each response runs with a prompt of its own: {model.why_not}", stacklevel=2)
+        warnings.warn(
+            f"{folder}: rows are not packed, each response runs with a prompt of its own: {model.why_not}", stacklevel=2
+        )
     return model
 
 

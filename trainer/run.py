@@ -42,7 +42,12 @@ def train_round(job: TrainJob) -> RoundEnd:
     plan = plan_round(job.shards, job.train, seed=job.seed, round=job.round)
 
     team = join(job.train.spread, device_of(job.policy))
-    job = job if team.leads else replace(job, sink=Reader(job.sink))
+    with team.together():
+        return _train(job if team.leads else replace(job, sink=Reader(job.sink)), shards, plan, team)
+
+
+def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> RoundEnd:
+    method = job.train.method
     model, optimizers, state = _begin(job, team)
     job.sink.cut("draws", state.steps)
     job.sink.cut("metrics", state.steps)

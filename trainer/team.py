@@ -24,9 +24,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from schemas.errors import Reported
+from schemas.recipe import Policy
 from trainer.batch import Batch
-from trainer.model import PolicyLM, layers_of
+from trainer.model import PolicyLM, device_of, layers_of
 
+LEFT_ALONE = 75  # exit code of a rank that ended because another one did
+LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe", "Socket closed")
 PATIENCE = timedelta(hours=12)  # how long ranks wait for the leader, which computes reference log-probs alone
 
 
@@ -82,6 +86,17 @@ class Team:
         if self.world > 1:
             dist.barrier()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a round. A rank that only lost another one leaves without a word: who was lost is told by the launcher."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as e:
+            if self.world > 1 and any(sign in str(e) for sign in LOST):
+                raise Reported(LEFT_ALONE) from e
+            raise
+        self.leave()
+
     def leave(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
@@ -93,6 +108,11 @@ ALONE = Team()
 def in_team() -> bool:
     """Whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def assemble(spread: str, policy: Policy, go: bool) -> bool:
+    """Joins, and tells every rank what the leader says: whether there is a round to train."""
+    return join(spread, device_of(policy)).leaders(go)
 
 
 def join(spread: str, device: str) -> Team:

@@ -6,6 +6,7 @@ writes the log-probs of the reference policy as rows, so that the loop holds one
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,17 +37,25 @@ from pipeline.stage import (
     nothing,
     superseded,
 )
-from pipeline.store import MANIFEST, Partition, fsync_folder, partition, partitions, publish, read_parts
+from pipeline.store import HELD, MANIFEST, Partition, fsync_folder, partition, partitions, publish, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.ids import rows_digest
 from schemas.manifest import Manifest
 from schemas.tables import ARROW
+
+HOW = ("checkpoint_every", "micro_batch_tokens", "gradient_checkpointing", "processes", "spread")  # not what is computed
 
 
 class Trainer(Protocol):
     """What the CLI passes in: the module `trainer.api`."""
 
     TrainJob: Any
+
+    def in_team(self) -> bool: ...
+
+    def launch(self, command: list[str], processes: int, env: dict[str, str]) -> None: ...
+
+    def assemble(self, spread: str, policy: Any, go: bool) -> bool: ...
 
     def train_round(self, job: Any) -> Any: ...
 
@@ -57,7 +66,7 @@ class Trainer(Protocol):
 
 def spec(ctx: Context, round: int) -> Spec:
     """Depends on the shards' rows, the starting policy, and every number that the gradient or the schedule sees."""
-    running = {"checkpoint_every": True, "micro_batch_tokens": True, "method": {"query"}}
+    running: dict[str, Any] = dict.fromkeys(HOW, True) | {"method": {"query"}}
     train = ctx.recipe.train.model_dump(mode="json", exclude=running)
     _, start = ctx.policy_of(round)
     parents = {}
@@ -90,9 +99,7 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     for route in ("rl", "sft"):
         need(ctx.run, "shards", {"round": round, "route": route}, command=f"dypo grade {ctx.run} --round {round}")
     it = spec(ctx, round)
-    shards = pa.concat_tables(
-        read_parts(ctx.part("shards", round=round, route=route).files(), "shards") for route in ("rl", "sft")
-    )
+    shards = _shards(ctx, round)
     folder, start = ctx.policy_of(round)
     _refuse_shards(ctx, round, shards, start, empty_ok)
     _make_room(ctx, it, regenerate)
@@ -100,30 +107,65 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
         end = it.partition.manifest()
         assert end is not None
         why = f"same fingerprint {it.fingerprint[:12]}"
+        trainer.assemble(ctx.recipe.train.spread, ctx.recipe.policy, False)
         return [Outcome("train", it.partition.label, "nothing", why, end.rows, facts=end.facts)]
+    if ctx.recipe.train.processes > 1 and shards.num_rows and not trainer.in_team():
+        return [_in_processes(ctx, it, trainer, started)]
     (it.partition.folder / MANIFEST).unlink(missing_ok=True)
     it.partition.remove_temporary()
     ctx.verify_policy(folder)
     outcomes = []
-    ref = None
     if ctx.recipe.train.method.needs_reference:
         outcomes.append(_reference(ctx, round, shards, trainer))
-        ref = read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")
-    graded = need(ctx.run, "grades", {"round": round}, command=f"dypo grade {ctx.run}").facts["grades"]
+    trainer.assemble(ctx.recipe.train.spread, ctx.recipe.policy, True)
     with progress(f"train round {round}", ctx.recipe.train.steps, unit="steps") as bar:
         sink = RunSink(ctx, round, it, bar)
-        end = trainer.train_round(
-            trainer.TrainJob(
-                round=round, rounds=ctx.recipe.rounds, seed=ctx.recipe.seed, train=ctx.recipe.train, policy=ctx.recipe.policy,
-                start=folder, shards=shards, ref=ref, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
-            )
-        )  # fmt: skip
+        end = trainer.train_round(_job(ctx, round, trainer, shards, folder, sink))
     for table in ("draws", "metrics"):
         finish(sink.spec(table))
     _, policy = ctx.checkpoint(round, end.steps)
     facts = {"steps": end.steps, "reason": end.reason, "policy": policy}
     it.partition.complete(_manifest(it, [], facts))
     return [*outcomes, Outcome("train", it.partition.label, "made", "", 0, seconds=time.monotonic() - started, facts=facts)]
+
+
+def follow(ctx: Context, round: int, trainer: Trainer) -> None:
+    """What a rank does that does not lead: once the leader has made its inputs, it reads them and trains along."""
+    if not trainer.assemble(ctx.recipe.train.spread, ctx.recipe.policy, False):
+        return
+    folder, _ = ctx.policy_of(round)
+    bar = Progress("", 0)
+    trainer.train_round(_job(ctx, round, trainer, _shards(ctx, round), folder, RunSink(ctx, round, spec(ctx, round), bar)))
+
+
+def _in_processes(ctx: Context, it: Spec, trainer: Trainer, started: float) -> Outcome:
+    """The same command again, as ranks; this process keeps the run's lock and waits."""
+    round = dict(it.partition.keys)["round"]
+    command = [sys.executable, "-m", "pipeline", "train", str(ctx.run), "--round", str(round)]
+    trainer.launch(command, ctx.recipe.train.processes, {HELD: str(ctx.run)})
+    end = it.partition.manifest()
+    if end is None:
+        raise WorkError(f"{it.partition.folder}: the ranks ended without a word and the round is not finished; run it again")
+    return Outcome("train", it.partition.label, "made", "", 0, seconds=time.monotonic() - started, facts=end.facts)
+
+
+def _shards(ctx: Context, round: int) -> pa.Table:
+    return pa.concat_tables(
+        read_parts(ctx.part("shards", round=round, route=route).files(), "shards") for route in ("rl", "sft")
+    )
+
+
+def _job(ctx: Context, round: int, trainer: Trainer, shards: pa.Table, start: Path, sink: "RunSink") -> Any:
+    """The round as the trainer is told of it, from what lies in the run."""
+    recipe = ctx.recipe
+    ref = None
+    if recipe.train.method.needs_reference:
+        ref = read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")
+    graded = need(ctx.run, "grades", {"round": round}, command=f"dypo grade {ctx.run}").facts["grades"]
+    return trainer.TrainJob(
+        round=round, rounds=recipe.rounds, seed=recipe.seed, train=recipe.train, policy=recipe.policy, start=start,
+        shards=shards, ref=ref, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
+    )  # fmt: skip
 
 
 def _refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_ok: bool) -> None:

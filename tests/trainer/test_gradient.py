@@ -18,7 +18,7 @@ from tests.trainer.by_hand import gradient
 from tests.trainer.tiny import EOS, ExactLM, exact_llama, make_ref, make_shards, policy_lm, shaped, tiny_llama
 from trainer.batch import pack, plan_micro_batches, slots, split
 from trainer.model import PolicyLM
-from trainer.objective import Unit, count, micro_batch
+from trainer.objective import Unit, count
 from trainer.rows import Row, Shards
 from trainer.step import Observed, accumulate
 

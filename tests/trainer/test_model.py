@@ -161,9 +161,7 @@ def test_the_flex_attention_mask_says_the_same_as_the_blocks(window: int | None,
     torch.manual_seed(0)
     size = len(batch.input_ids_S)
     q, k, v = (torch.randn(1, heads, size, 8) for heads in (4, key_heads, key_heads))
-    want, _ = attention.packed_attention(
-        nn.Module(), q, k, v, None, scaling=0.3, sliding_window=window, blocks=batch.blocks
-    )
+    want, _ = attention.packed_attention(nn.Module(), q, k, v, None, scaling=0.3, sliding_window=window, blocks=batch.blocks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is slow uncompiled
         got = flex(q, k, v, batch.blocks, 0.3, window)

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from schemas.recipe import DypoMethod, Optimizer
 from tests.trainer import by_hand
-from tests.trainer.tiny import FolderSink, Killed, make_job, make_ref, make_shards, make_train, tiny_llama, stored_tensors
+from tests.trainer.tiny import FolderSink, Killed, make_job, make_ref, make_shards, make_train, stored_tensors, tiny_llama
 from trainer.optim import apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
 from trainer.run import train_round
 

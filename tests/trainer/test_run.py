@@ -16,7 +16,7 @@ from schemas.errors import UserError, WorkError
 from schemas.recipe import Policy
 from schemas.tables import ARROW
 from tests.trainer import by_hand
-from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train, tiny_llama, stored_tensors
+from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train, stored_tensors, tiny_llama
 from trainer.metrics import effective_sample_size
 from trainer.run import train_round
 from trainer.schedule import plan_round
