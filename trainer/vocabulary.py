@@ -11,7 +11,7 @@ the outer loop, so a tile of the weight's gradient is finished before the next i
 No outside kernel is used, on CPU or CUDA. torch 2.13's `linear_cross_entropy` (chunked, reduction "none") and Apple's
 cut-cross-entropy give no entropy, so they would need the logits a second time; Liger's LigerFusedLinearScaledCrossEntropy
 gives both, but has a fused kernel only for bfloat16 on some GPUs and is elsewhere chunked torch code such as this. None has a
-temperature per position together with a bias. So the code below runs on CUDA too; its tile was tuned on a CPU.
+temperature per position together with a bias. So the code below runs on CUDA too; it was measured on a CPU only.
 Left out: double backward, the gradient of the entropy and of the temperature, a vocabulary split over processes.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 32 << 20  # of logits in float32 (float64: twice); measured by tests/bench/vocabulary.py --tiles
+TILE_BYTES = 32 << 20  # of logits in float32 (float64: twice); `python -m tests.bench.vocabulary tiles` tries others
 TILE_POSITIONS = 2048
 
 
@@ -180,8 +180,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        g_N, _ = grad_outputs
+    def backward(ctx: Any, g_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_UH, weight_VH, bias_V, position_N, target_N, temperature_U, total_U, kept_UV = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with torch.autocast(hidden_UH.device.type, enabled=False):
