@@ -94,7 +94,7 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
         read_parts(ctx.part("shards", round=round, route=route).files(), "shards") for route in ("rl", "sft")
     )
     folder, start = ctx.policy_of(round)
-    _refuse_shards(ctx, round, shards, start, empty_ok)
+    refuse_shards(ctx, round, shards, start, empty_ok)
     _make_room(ctx, it, regenerate)
     if current(it) and _whole(ctx, it):
         end = it.partition.manifest()
@@ -126,7 +126,7 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     return [*outcomes, Outcome("train", it.partition.label, "made", "", 0, seconds=time.monotonic() - started, facts=facts)]
 
 
-def _refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_ok: bool) -> None:
+def refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_ok: bool) -> None:
     """UserError if there is nothing to train on, or the rows were sampled by another policy than the round begins with."""
     if shards.num_rows == 0 and not empty_ok:
         grades = ctx.part("grades", round=round).manifest()
