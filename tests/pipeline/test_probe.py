@@ -86,6 +86,7 @@ def test_what_was_measured_is_named_with_intervals_and_what_is_not_measurable_sa
         ((0.5, 0.25, 0.75), (1.2, 1.1, 1.3), ("claim holds", "varies less than GRPO; but", "more.")),
         ((0.5, 0.25, 0.75), (0.8, 0.7, 0.9), ("claim holds", "varies less than GRPO; and", "less too")),
         ((0.5, 0.25, 0.75), (0.8, 0.7, None), ("claim holds", "no difference is shown")),
+        ((0.9, 0.7, 1.2), (1.1, 0.9, 1.3), ("do not decide", "no difference is shown")),
         ((1.1, 0.9, 1.5), (None, 0, None), ("do not decide", "no difference is shown")),
     ],
 )

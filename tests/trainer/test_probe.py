@@ -242,6 +242,7 @@ def test_the_halves_noise_and_signal_are_those_of_fresh_groups_of_half_the_size_
         if splits := random_splits(right.tolist(), 2, seed=len(halves.chance)):
             found = [{"grpo": gradient(right[at], rows[at])} for pair in splits for at in pair]
             probe._add_halves(halves, found, right.tolist())
+            assert halves.chance[-1] == split_chance(k, int(right.sum()))
     pair = ("grpo", "grpo")
     of = split_moments(
         *({pair: np.array(v[pair])} for v in (halves.noise, halves.signal)), np.array(halves.chance), np.ones((1, 4000))
