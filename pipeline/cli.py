@@ -309,6 +309,35 @@ def report(
     print(_write_report(load(run), out))
 
 
+probe = typer.Typer(no_args_is_help=True, help="Measure the loss on stored rows, without generation.")
+app.add_typer(probe, name="probe")
+
+
+@probe.command()
+def variance(
+    run: RunFolder,
+    round: Annotated[int | None, typer.Option("--round", min=0, help="default: the newest round with shards")] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="a checkpoint of the round; default: the policy that sampled it")
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="at most so many Mid and so many Hard prompts")] = 256,
+    sketch: Annotated[int, typer.Option("--sketch", min=1, help="numbers kept of each gradient")] = 16384,
+    as_json: Json = False,
+) -> None:
+    """Variance, signal and correlation of SFT's, GRPO's, GAL's and the mix's gradients: the paper's Eq. 19, measured."""
+    from pipeline import probe
+    from pipeline.context import load
+    from trainer import api
+
+    found = probe.variance(load(run), api, round=round, step=step, prompts=prompts, sketch=sketch)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        from rich.console import Console
+
+        (Console() if sys.stdout.isatty() else Console(width=160)).print(probe.render(found))
+
+
 # ---------------------------------------------------------------- printing
 def _write_report(ctx: "Context", out: Path | None = None) -> Path:
     from pipeline.report import build_report

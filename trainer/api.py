@@ -4,6 +4,7 @@ from trainer.forward import reference_logprobs, sequence_logprobs
 from trainer.job import RoundEnd, Sink, TrainJob
 from trainer.launch import launch
 from trainer.model import load_model
+from trainer.probe import VarianceJob, probe_variance
 from trainer.run import train_round
 from trainer.team import assemble, in_team
 
@@ -11,10 +12,12 @@ __all__ = [
     "RoundEnd",
     "Sink",
     "TrainJob",
+    "VarianceJob",
     "assemble",
     "in_team",
     "launch",
     "load_model",
+    "probe_variance",
     "reference_logprobs",
     "sequence_logprobs",
     "train_round",

@@ -101,7 +101,7 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     it = spec(ctx, round)
     shards = _shards(ctx, round)
     folder, start = ctx.policy_of(round)
-    _refuse_shards(ctx, round, shards, start, empty_ok)
+    refuse_shards(ctx, round, shards, start, empty_ok)
     _make_room(ctx, it, regenerate)
     if current(it) and _whole(ctx, it):
         end = it.partition.manifest()
@@ -168,7 +168,7 @@ def _job(ctx: Context, round: int, trainer: Trainer, shards: pa.Table, start: Pa
     )  # fmt: skip
 
 
-def _refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_ok: bool) -> None:
+def refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_ok: bool) -> None:
     """UserError if there is nothing to train on, or the rows were sampled by another policy than the round begins with."""
     if shards.num_rows == 0 and not empty_ok:
         grades = ctx.part("grades", round=round).manifest()

@@ -1,6 +1,6 @@
 """What test_team.py runs under torchrun, or alone: rounds of training with the job of tiny.py, one for each name given.
 
-    python -m tests.trainer.team_worker FOLDER POLICY NAME...      a NAME is SPREAD-DTYPE-STEPS or SPREAD-DTYPE-STEPS+lora
+python -m tests.trainer.team_worker FOLDER POLICY NAME...      a NAME is SPREAD-DTYPE-STEPS or SPREAD-DTYPE-STEPS+lora
 """
 
 import os
