@@ -83,13 +83,13 @@ def _begin(job: TrainJob, team: Team) -> tuple[PolicyLM, Optimizers, TrainerStat
     """From the round's newest checkpoint, bitwise; else from the start folder, with its optimizer moments if it has any."""
     done = job.sink.checkpoints()
     folder = done[max(done)] if done else job.start
+    torch.manual_seed(seed_from("torch", job.seed, job.round))  # a new adapter draws from it, alike on every rank
     model = _load(job, folder)
     if job.train.gradient_checkpointing:
         recompute_activations(model.lm)
     team.share(model)
     optimizers = build_optimizers(model.lm, job.train.method, job.train.optimizer)
     state = load_state(folder) if done or job.round > 0 else None  # the run's base policy brings weights only
-    torch.manual_seed(seed_from("torch", job.seed, job.round))
     if state is not None:
         load_tensors(folder, model, optimizers, rng=bool(done), team=team)
     if not done:

@@ -10,6 +10,7 @@ Both average over ranks, so the gradient of the log-probs is multiplied by the n
 are those of the whole update already. Left out: which rows a rank takes (batch.py, step.py), starting ranks (launch.py).
 """
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -95,11 +96,6 @@ class Team:
             if self.world > 1 and any(sign in str(e) for sign in LOST):
                 raise Reported(LEFT_ALONE) from e
             raise
-        self.leave()
-
-    def leave(self) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
 
 
 ALONE = Team()
@@ -123,6 +119,7 @@ def join(spread: str, device: str) -> Team:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
     return Team(dist.get_rank(), dist.get_world_size(), spread)
 
 

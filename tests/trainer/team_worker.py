@@ -5,7 +5,6 @@ python -m tests.trainer.team_worker FOLDER POLICY NAME...      a NAME is SPREAD-
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ import torch
 from schemas.recipe import Policy
 from tests.trainer.tiny import FolderSink, make_job, make_shards, make_train
 from trainer.run import train_round
-from trainer.team import join
 
 
 def job_of(name: str, folder: Path, policy: Path, **more: object) -> object:
@@ -35,13 +33,9 @@ def job_of(name: str, folder: Path, policy: Path, **more: object) -> object:
 def main() -> None:
     out, policy, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    team = join("ddp", "cpu")
     for name in names:
         folder = Path(out) / name
-        if os.environ.get("SLOWLY"):
-            time.sleep(0.2)
         train_round(job_of(name, folder, Path(policy), checkpoint_every=int(os.environ.get("EVERY", "1000"))))  # type: ignore[arg-type]
-        team.wait() if name != names[-1] else None
 
 
 if __name__ == "__main__":
