@@ -257,6 +257,8 @@ class GRPO(Model):
             raise ValueError("surrogate = 'cispo' weighs each token by its own ratio; use ratio = 'token'")
         if self.surrogate == "cispo" and self.dual_clip is not None:
             raise ValueError("dual_clip bounds the clipped surrogate; surrogate = 'cispo' has its bound in clip_high")
+        if self.truncation == "token" and self.ratio == "sequence":
+            raise ValueError("ratio = 'sequence' has one ratio a row and takes one weight a row: truncation = 'sequence'")
         if self.truncation != "none" and self.old == "sampler":
             raise ValueError(
                 f"truncation = '{self.truncation}' weighs by the trainer's log-probs against the sampler's, so it needs "
@@ -373,8 +375,8 @@ class Train(Model):
     max_logprob_difference: float = Field(
         default=0.05,
         gt=0,
-        description="mean |trainer - sampler| of log-probs in nats, past which a round is refused: when its first update sees "
-        "it, or when `dypo audit logprobs` did; bfloat16 against vLLM is near 0.01 to 0.02, float32 below 1e-4",
+        description="mean |trainer - sampler| over a round's log-probs, in nats a token, past which it is refused: when its first "
+        "update sees it, or when `dypo audit logprobs` did",
     )
     method: Method = DypoMethod()
     optimizer: Optimizer = Optimizer()

@@ -145,13 +145,13 @@ def shaped(shards: pa.Table, seed: int = 9) -> pa.Table:
     return pa.Table.from_pylist(rows, ARROW["shards"])
 
 
-def make_ref(shards: pa.Table, seed: int = 5) -> pa.Table:
-    """Reference log-probs of the rl rows, near the old ones."""
+def make_ref(shards: pa.Table, seed: int = 5, role: str = "ref") -> pa.Table:
+    """Log-probs of the rl rows under another policy (role ref), or of the trainer's own (role old), near the sampler's."""
     rng = np.random.default_rng(seed)
     rows = [
         {
             "round": 0,
-            "role": "ref",
+            "role": role,
             "item_id": row["item_id"],
             "model": "base",
             "temperature": row["temperature"],
@@ -161,6 +161,10 @@ def make_ref(shards: pa.Table, seed: int = 5) -> pa.Table:
         if row["route"] == "rl"
     ]
     return pa.Table.from_pylist(rows, ARROW["logprobs"])
+
+
+def make_old(shards: pa.Table) -> pa.Table:
+    return make_ref(shards, seed=6, role="old")
 
 
 class Killed(RuntimeError):
@@ -245,6 +249,7 @@ def make_job(
         "start": start,
         "shards": shards,
         "ref": make_ref(shards),
+        "old": make_old(shards),
         "graded": {"easy": 2, "mid": 4, "hard": 4},
         "sink": sink,
     }
