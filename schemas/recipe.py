@@ -232,7 +232,8 @@ class GRPO(Model):
         default=None, gt=1, description="where the advantage is negative, no gradient from ratios above this; verl: 3"
     )
     old: Literal["sampler", "trainer"] = Field(
-        default="sampler", description="whose log-probs of the sampling policy the ratio divides by; trainer: rows of role old"
+        default="sampler",
+        description="whose log-probs of the sampling policy the ratio divides by; trainer: rows of role old",
     )
     truncation: Literal["none", "token", "sequence"] = Field(
         default="none", description="old = trainer: weigh by min(exp(trainer - sampler), cap), of a token or of a whole row"
@@ -246,7 +247,9 @@ class GRPO(Model):
         default="seq-mean-token-mean", description="token-mean: over all Mid tokens of the update (DAPO); the last: Dr.GRPO"
     )
     horizon: int | None = Field(
-        default=None, ge=1, description="seq-mean-token-sum-norm only: the constant number of tokens that a row is divided by"
+        default=None,
+        ge=1,
+        description="seq-mean-token-sum-norm only: the constant number of tokens that a row is divided by",
     )
     advantage: Literal["std", "none"] = Field(default="std", description="none: centred, not divided by the std")
     eps: float = Field(default=1e-6, gt=0)

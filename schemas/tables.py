@@ -190,7 +190,12 @@ draws = Table(
         C("age", I32, "rounds between sampling and training"),
         C("log_ratio", F64, "mean over the tokens of log-prob now minus stored old one; null for sft", nullable=True),
         C("kl", F64, "mean over the tokens of ratio - 1 - log ratio (k3); null for sft", nullable=True),
-        C("clip_fraction", F64, "share of the tokens (ratio = sequence: the row, 0 or 1) clipped; null for sft", nullable=True),
+        C(
+            "clip_fraction",
+            F64,
+            "share of the tokens (ratio = sequence: the row, 0 or 1) clipped; null for sft",
+            nullable=True,
+        ),
     ),
 )
 

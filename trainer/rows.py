@@ -62,7 +62,9 @@ class Shards:
                 raise UserError(f"shards: item {key[1]} of route {key[0]} is there twice; grade the round again")
         self._mask_truncated = mask_truncated
         self._roles = {role: t.combine_chunks() for role, t in (("ref", ref), ("old", old)) if t is not None}
-        self._role_at = {role: {item: at for at, item in enumerate(t["item_id"].to_pylist())} for role, t in self._roles.items()}
+        self._role_at = {
+            role: {item: at for at, item in enumerate(t["item_id"].to_pylist())} for role, t in self._roles.items()
+        }
         _check(self.table)
         for role in self._roles:
             self._check_role(role)

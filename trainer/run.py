@@ -38,7 +38,9 @@ def train_round(job: TrainJob) -> RoundEnd:
     roles = {role: getattr(job, role) for role in method.logprob_roles}
     for role, rows in roles.items():
         if rows is None:
-            raise UserError(f"the method reads log-probs of role {role} (train.method: gal.ref, grpo.kl, grpo.old); none were given")
+            raise UserError(
+                f"the method reads log-probs of role {role} (train.method: gal.ref, grpo.kl, grpo.old); none were given"
+            )
     shards = Shards(job.shards, roles.get("ref"), roles.get("old"), mask_truncated=method.grpo.mask_truncated)
     plan = plan_round(job.shards, job.train, seed=job.seed, round=job.round)
 

@@ -51,7 +51,12 @@ class Trainer(LogProbs, Protocol):
 
 def spec(ctx: Context, round: int) -> Spec:
     """Depends on the shards' rows, the starting policy, and every number that the gradient or the schedule sees."""
-    running: Any = {"checkpoint_every": True, "micro_batch_tokens": True, "max_logprob_difference": True, "method": {"query"}}
+    running: Any = {
+        "checkpoint_every": True,
+        "micro_batch_tokens": True,
+        "max_logprob_difference": True,
+        "method": {"query"},
+    }
     train = ctx.recipe.train.model_dump(mode="json", exclude=running)
     _, start = ctx.policy_of(round)
     parents = {}

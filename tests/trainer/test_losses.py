@@ -1,6 +1,7 @@
 """The losses against the dumbest loops that can be written, and the identities of ALGORITHMS sections 1, 7 and 8."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -426,14 +427,13 @@ def test_gradcheck_in_float64() -> None:
     advantages = torch.randn(6, dtype=F64)
     logps = (old + 0.05 * torch.randn(6, dtype=F64)).requires_grad_()
     clips = {"clip_low": 0.2, "clip_high": 0.2}
+    mask_BT = torch.ones(2, 3, dtype=torch.bool)
     for far in (0.0, 1.0):  # 1: past every clip, dual clip included
-        assert torch.autograd.gradcheck(
-            lambda x, f=far: clipped_surrogate(x, old - f, advantages, **clips, dual_clip=2.0), logps
-        )
-        rows = {"mask_BT": torch.ones(2, 3, dtype=torch.bool), "advantages_B": advantages[:2], **clips}
-        assert torch.autograd.gradcheck(
-            lambda x, f=far: sequence_surrogate(x.view(2, 3), old.view(2, 3) - f, **rows, dual_clip=2.0).sum(-1), logps
-        )
+        clipped = partial(clipped_surrogate, old_logps=old - far, advantages=advantages, **clips, dual_clip=2.0)
+        assert torch.autograd.gradcheck(clipped, logps)
+        rows = partial(sequence_surrogate, mask_BT=mask_BT, advantages_B=advantages[:2], **clips, dual_clip=2.0)
+        far_BT = (old - far).view(2, 3)
+        assert torch.autograd.gradcheck(lambda x, f=rows, o=far_BT: f(x.view(2, 3), o).sum(-1), logps)
     for shift in (5.0, -5.0):  # where its weight is a bound: elsewhere cispo's weight is held constant by definition
         assert torch.autograd.gradcheck(lambda x, d=shift: cispo(x, old + d, advantages, **clips), logps)
     assert torch.autograd.gradcheck(lambda x: k3(x, old - 0.3), logps)

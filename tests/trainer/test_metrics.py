@@ -18,10 +18,17 @@ METHODS = {
     "queue": {"preset": "official", "queue_size": 3, "queue_groups": 2, "gal": {"beta": 0.3}},
     "care": {
         "grpo": {
-            **{"old": "trainer", "truncation": "token", "truncation_cap": 1.1, "kl": 0.3, "dual_clip": 1.2, "clip_high": 0.1},
+            **{
+                "old": "trainer",
+                "truncation": "token",
+                "truncation_cap": 1.1,
+                "kl": 0.3,
+                "dual_clip": 1.2,
+                "clip_high": 0.1,
+            },
             **{"mask_truncated": True, "aggregation": "token-mean"},
         },
-        "gal": {"ref": "none", "beta": 4.0},
+        "gal": {"ref": "none", "beta": 2.0},
     },
     "rows": {
         "grpo": {"old": "trainer", "truncation": "sequence", "truncation_cap": 1.1, "ratio": "sequence", "clip_low": 0.1},
