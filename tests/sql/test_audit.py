@@ -35,7 +35,10 @@ def tables(seed: int, spread: float = 0.5) -> tuple[list[dict], list[dict]]:
     shards.append(shards[0] | {"route": "sft", "item_id": "t0", "teacher": "t", "old_logprobs": None})
     shards.append(shards[0] | {"item_id": "other"})  # audited under a policy that did not sample it
     nines = {"logprobs": [9.0] * len(shards[0]["tokens"])}
-    logprobs += [row | nines | {"item_id": "other", "model": "z"}, row | nines | {"item_id": "t0", "model": shards[0]["policy"]}]
+    logprobs += [
+        row | nines | {"item_id": "other", "model": "z"},
+        row | nines | {"item_id": "t0", "model": shards[0]["policy"]},
+    ]
     return shards, logprobs
 
 
