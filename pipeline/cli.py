@@ -26,6 +26,9 @@ app = typer.Typer(
     help="DYPO, offline first: generate, score, grade, train. Every rollout is a row of Parquet that SQL can ask about.",
 )
 
+audit_app = typer.Typer(no_args_is_help=True, help="Check what is stored against what is computed again.")
+app.add_typer(audit_app, name="audit")
+
 Target = Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="a recipe (.toml) or a run folder")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 Round = Annotated[int | None, typer.Option("--round", min=0, help="the refresh round; default: the newest that fits")]
@@ -298,6 +301,28 @@ def explain(run: RunFolder, prompt_id: str, as_json: Json = False) -> None:
         (Console() if sys.stdout.isatty() else Console(width=140)).print(render_explain(found))
 
 
+@audit_app.command()
+def logprobs(
+    run: RunFolder,
+    round: Annotated[
+        int | None, typer.Option("--round", min=0, help="the refresh round; default: every round with shards")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sampler's log-probs against the trainer's, by policy: mean and worst difference, KL, effective sample size, worst tokens."""
+    from pipeline.stages import audit
+    from trainer import api
+
+    with _writing(run, None) as ctx:
+        for r in audit.rounds(ctx) if round is None else [round]:
+            found = False
+            for entry in audit.audit_logprobs(ctx, r, api):
+                found = True
+                print(json.dumps(entry, ensure_ascii=False), flush=True) if as_json else _show_audit(entry)
+            if not found and not as_json:
+                print(f"round {r}: no rollouts in its shards")
+
+
 @app.command()
 def report(
     run: RunFolder,
@@ -372,6 +397,23 @@ def _summary(ctx: "Context", report: Path) -> None:
         "join prompts p on p.prompt_id = r.prompt_id where s.status = 'wrong' order by r.round desc, r.rollout_id limit 5",
     ):
         print(f'  dypo sql {run} "{text}"')
+
+
+def _show_audit(entry: dict[str, Any]) -> None:
+    """One policy's audit: a line of numbers, the verdict, the worst tokens."""
+    import pyarrow as pa
+
+    from pipeline import shell
+
+    print(
+        f"round {entry['round']}, policy {entry['policy'][:12]}: {entry['rows']} rows, {entry['tokens']} tokens; |sampler - trainer| "
+        f"mean {entry['mean_difference']:.3g}, max {entry['max_difference']:.3g} nats; KL {entry['kl']:.3g}; effective sample size "
+        f"{entry['ess']:.4f} by token, {entry['ess_sequence']:.4f} by row"
+    )
+    limit = f"train.max_logprob_difference = {entry['limit']:g}"
+    print(f"  above {limit}: `dypo train` refuses this round" if entry["refused"] else f"  within {limit}")
+    shown = [{**t, "text": json.dumps(t["text"], ensure_ascii=False)} for t in entry["worst_tokens"]]
+    shell.show(pa.Table.from_pylist(shown), False)
 
 
 def _relative(path: Path) -> Path:

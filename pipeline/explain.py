@@ -68,7 +68,7 @@ where prompt_id = $id
 order by round, route, teacher, sample
 """
 DRAWS = """
-select round, step, position, item_id, route, teacher, age
+select round, step, position, item_id, route, teacher, age, log_ratio, kl, clip_fraction
 from draws
 where prompt_id = $id
 order by round, step, position
@@ -232,12 +232,36 @@ def _round_parts(at: Row) -> "list[RenderableType]":
             _add(table, r["rollout_id"][:8], r["sample"], _verdict(r), r["extracted"], r["tokens"], mean, r["text"])
         parts.append(table)
     if at["shards"]:
-        table = _table("", "shard row", "route", "teacher", "sample", "advantage", "w_sft", "w_grpo", "w_gal", "drawn in")
+        table = _table(
+            "",
+            "shard row",
+            "route",
+            "teacher",
+            "sample",
+            "advantage",
+            "w_sft",
+            "w_grpo",
+            "w_gal",
+            "last log-ratio",
+            "drawn in",
+        )
         for s in at["shards"]:
-            steps = sorted({d["step"] for d in at["draws"] if d["item_id"] == s["item_id"]})
+            mine = [d for d in at["draws"] if d["item_id"] == s["item_id"]]
+            steps = sorted({d["step"] for d in mine})
+            moved = f"{mine[-1]['log_ratio']:+.4f}" if mine and mine[-1]["log_ratio"] is not None else ""
             weights = [f"{s[w]:g}" for w in ("w_sft", "w_grpo", "w_gal")]
             drawn = _steps(steps) if steps else "no step"
-            _add(table, s["item_id"][:8], s["route"], s["teacher"], s["sample"], f"{s['advantage']:+.3f}", *weights, drawn)
+            _add(
+                table,
+                s["item_id"][:8],
+                s["route"],
+                s["teacher"],
+                s["sample"],
+                f"{s['advantage']:+.3f}",
+                *weights,
+                moved,
+                drawn,
+            )
         parts.append(table)
     return parts
 

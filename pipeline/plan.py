@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.context import Context
 from pipeline.flow import due_for_eval, final_step
 from pipeline.stage import Spec, changes, found_fingerprint
-from pipeline.stages import evaluate, generate, grade, ingest, score, train
+from pipeline.stages import evaluate, generate, grade, ingest, logprobs, score, train
 from pipeline.store import partitions, read_parts
 from schemas.errors import UserError
 
@@ -79,8 +79,8 @@ class _Plan:
         self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts)
         for route in ("rl", "sft"):
             self.look("route", "shards", {**key, "route": route}, lambda route=route: self.route_spec(n, route))
-        if r.train.method.needs_reference:
-            self.look("logprobs", "logprobs", {**key, "role": "ref"}, lambda: self.logprob_spec(n))
+        for role in r.train.method.logprob_roles:
+            self.look("logprobs", "logprobs", {**key, "role": role}, lambda role=role: self.logprob_spec(n, role))
         self.look("train", "checkpoints", key, lambda: train.spec(ctx, n), after=sampled)
         if due_for_eval(ctx, n):
             step = final_step(ctx, n) if ctx.round_end(n) else r.train.steps
@@ -120,10 +120,10 @@ class _Plan:
             raise UserError(f"waits for grades/round={round}")
         return grade.route_spec(self.ctx, round, route, grades.identity)
 
-    def logprob_spec(self, round: int) -> Spec:
+    def logprob_spec(self, round: int, role: logprobs.Role) -> Spec:
         if self.ctx.part("shards", round=round, route="rl").manifest() is None:
             raise UserError(f"waits for shards/round={round}")
-        return train.logprob_spec(self.ctx, round)
+        return logprobs.spec(self.ctx, round, role)
 
     def eval_spec(self, suite: Any, round: int, step: int) -> Spec:
         if self.ctx.part("scores", kind="eval", round=round, step=step, suite=suite.name).manifest() is None:

@@ -122,9 +122,9 @@ class Renderer:
         text = text.removesuffix(self._eos_text)
         return [*self._ids(text), self._eos]
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """The text of a response, special tokens left out."""
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def text(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of a response, special tokens left out unless `special`."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def _render(self, messages: tuple[tuple[str, str], ...]) -> tuple[str, tuple[int, ...]]:
         turns = [{"role": role, "content": content} for role, content in messages]

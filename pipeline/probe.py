@@ -11,7 +11,8 @@ import pyarrow as pa
 from pipeline.context import Context
 from pipeline.progress import progress
 from pipeline.stage import current, need
-from pipeline.stages.train import logprob_spec, refuse_shards
+from pipeline.stages import logprobs
+from pipeline.stages.train import refuse_shards
 from pipeline.store import partitions, read_parts
 from schemas.errors import UserError
 
@@ -79,7 +80,7 @@ def _newest(ctx: Context) -> int:
 
 def _reference(ctx: Context, round: int) -> pa.Table | None:
     """The round's stored reference log-probs, if training wrote those of these very shards."""
-    if not ctx.recipe.train.method.needs_reference or not current(logprob_spec(ctx, round)):
+    if not ctx.recipe.train.method.needs_reference or not current(logprobs.spec(ctx, round, "ref")):
         return None
     need(ctx.run, "logprobs", {"round": round, "role": "ref"}, command=f"dypo train {ctx.run} --round {round}")
     return read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")

@@ -220,13 +220,56 @@ class GAL(Model):
 
 
 class GRPO(Model):
-    """Clipped surrogate; `sequence` is GSPO's ratio. Aggregation is seq-mean-token-mean."""
+    """The policy-gradient term and its off-policy care (docs/losses.md has each formula)."""
 
-    ratio: Literal["token", "sequence"] = "token"
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.2, gt=0)
+    ratio: Literal["token", "sequence"] = Field(default="token", description="sequence: GSPO, one ratio a row")
+    surrogate: Literal["clip", "cispo"] = Field(
+        default="clip", description="cispo: the clipped ratio is a constant weight; TRL's has clip_low 1 and clip_high 4"
+    )
+    clip_low: float = Field(default=0.2, gt=0, le=1, description="ratios below 1 - clip_low are clipped; 1: none are")
+    clip_high: float = Field(default=0.2, gt=0, description="ratios above 1 + clip_high are clipped")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="where the advantage is negative, no gradient from ratios above this; verl: 3"
+    )
+    old: Literal["sampler", "trainer"] = Field(
+        default="sampler",
+        description="whose log-probs of the sampling policy the ratio divides by; trainer: rows of role old",
+    )
+    truncation: Literal["none", "token", "sequence"] = Field(
+        default="none", description="old = trainer: weigh by min(exp(trainer - sampler), cap), of a token or of a whole row"
+    )
+    truncation_cap: float = Field(default=2.0, gt=0, description="the cap of truncation")
+    kl: float = Field(default=0.0, ge=0, description="weight of the KL (k3) to the base policy, a part of this term")
+    mask_truncated: bool = Field(
+        default=False, description="rollouts cut at max_tokens: no gradient, in GRPO, KL and GAL; they count in denominators"
+    )
+    aggregation: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"] = Field(
+        default="seq-mean-token-mean", description="token-mean: over all Mid tokens of the update (DAPO); the last: Dr.GRPO"
+    )
+    horizon: int | None = Field(
+        default=None,
+        ge=1,
+        description="seq-mean-token-sum-norm only: the constant number of tokens that a row is divided by",
+    )
     advantage: Literal["std", "none"] = Field(default="std", description="none: centred, not divided by the std")
     eps: float = Field(default=1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> "GRPO":
+        if self.surrogate == "cispo" and self.ratio == "sequence":
+            raise ValueError("surrogate = 'cispo' weighs each token by its own ratio; use ratio = 'token'")
+        if self.surrogate == "cispo" and self.dual_clip is not None:
+            raise ValueError("dual_clip bounds the clipped surrogate; surrogate = 'cispo' has its bound in clip_high")
+        if self.truncation == "token" and self.ratio == "sequence":
+            raise ValueError("ratio = 'sequence' has one ratio a row and takes one weight a row: truncation = 'sequence'")
+        if self.truncation != "none" and self.old == "sampler":
+            raise ValueError(
+                f"truncation = '{self.truncation}' weighs by the trainer's log-probs against the sampler's, so it needs "
+                "old = 'trainer'; with old = 'sampler' the ratio itself is against the sampler"
+            )
+        if (self.aggregation == "seq-mean-token-sum-norm") != (self.horizon is not None):
+            raise ValueError("horizon belongs to aggregation = 'seq-mean-token-sum-norm' and is needed there")
+        return self
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -282,9 +325,26 @@ class DypoMethod(Model):
         return 1 - self.alpha if self.gal_weight is None else self.gal_weight
 
     @property
+    def grpo_coefficient(self) -> float:
+        """GRPO's weight within the Mid term."""
+        return self.alpha if self.gal_weight is None else 1.0
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the loss compares with the base policy's log-probs, so that rows of role ref are needed."""
-        return self.gal.ref == "init" and self.gal_coefficient > 0
+        return (self.gal.ref == "init" and self.gal_coefficient > 0) or self.grpo.kl > 0
+
+    @property
+    def logprob_roles(self) -> tuple[Literal["old", "ref"], ...]:
+        """The roles of stored log-probs that the loss reads."""
+        old, ref = self.grpo.old == "trainer", self.needs_reference
+        return (*(("old",) if old else ()), *(("ref",) if ref else ()))
+
+    @model_validator(mode="after")
+    def _kl_has_a_weight(self) -> "DypoMethod":
+        if self.grpo.kl > 0 and self.grpo_coefficient == 0:
+            raise ValueError("grpo.kl is a part of the GRPO term, whose weight alpha is 0: set kl = 0, or alpha above 0")
+        return self
 
     @model_validator(mode="after")
     def _queue_has_its_rate(self) -> "DypoMethod":
@@ -331,6 +391,12 @@ class Train(Model):
     lora: Lora | None = None
     checkpoint_every: int = Field(default=50, ge=1)
     min_ess: float = Field(default=0.0, ge=0, le=1, description="end the round when a step's effective sample size is below")
+    max_logprob_difference: float = Field(
+        default=0.05,
+        gt=0,
+        description="mean |trainer - sampler| over a round's log-probs, in nats a token, past which it is refused: when its first "
+        "update sees it, or when `dypo audit logprobs` did",
+    )
     method: Method = DypoMethod()
     optimizer: Optimizer = Optimizer()
 

@@ -166,7 +166,7 @@ logprobs = Table(
     ("round", "role"),
     (
         _round,
-        C("role", S, "ref: the run's base policy"),
+        C("role", S, "old: the policy that sampled, in the trainer's forward | ref: the run's base policy"),
         C("item_id", S, "the shard row"),
         C("model", S, "content id of the model"),
         C("temperature", F64, "temperature applied to the logits"),
@@ -188,6 +188,14 @@ draws = Table(
         C("route", S, "sft | rl"),
         C("teacher", S, "the teacher drawn; null for rl", nullable=True),
         C("age", I32, "rounds between sampling and training"),
+        C("log_ratio", F64, "mean over the tokens of log-prob now minus stored old one; null for sft", nullable=True),
+        C("kl", F64, "mean over the tokens of ratio - 1 - log ratio (k3); null for sft", nullable=True),
+        C(
+            "clip_fraction",
+            F64,
+            "share of the tokens (ratio = sequence: the row, 0 or 1) clipped; null for sft",
+            nullable=True,
+        ),
     ),
 )
 

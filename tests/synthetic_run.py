@@ -335,9 +335,11 @@ def _training(rows: Rows, rnd: int, rng: random.Random) -> None:
             group = [s for s in shards if s["prompt_id"] == drawn]
             hard += group[0]["route"] == "sft"
             for s in group if group[0]["route"] == "rl" else [rng.choice(group)]:
+                moved = 0.02 * step if s["route"] == "rl" else None
                 rows["draws"].append(
                     {k: s[k] for k in ("round", "item_id", "prompt_id", "route", "teacher")}
                     | {"step": step, "position": position, "age": rnd - s["source_round"]}
+                    | {"log_ratio": moved, "kl": moved and moved**2 / 2, "clip_fraction": moved and float(step == STEPS - 1)}
                 )
                 position += 1
         x = rnd * STEPS + step

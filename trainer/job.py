@@ -60,8 +60,8 @@ class Reader:
 class TrainJob:
     """One round of training.
 
-    shards: rows of schemas.ARROW["shards"] of this round, both routes. ref: rows of ARROW["logprobs"] with role ref
-    (None when the method needs none). graded: prompts of the round by grade (easy, mid, hard). start: HF folder of the
+    shards: rows of schemas.ARROW["shards"] of this round, both routes. ref, old: rows of ARROW["logprobs"] with that role
+    (None when the method reads none). graded: prompts of the round by grade (easy, mid, hard). start: HF folder of the
     policy that the round begins from, with the trainer state of the round before in its `trainer/` folder if there is one.
     rounds and round place this round in the run's learning-rate schedule.
     """
@@ -76,6 +76,7 @@ class TrainJob:
     ref: pa.Table | None
     graded: dict[str, int]
     sink: Sink
+    old: pa.Table | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from schemas.tables import ARROW
 from trainer.job import Sink
+from trainer.metrics import RowNumbers
 from trainer.rows import Row
 from trainer.schedule import Step
 
@@ -23,9 +24,10 @@ class Journal:
         self._draws: list[dict] = []
         self._metrics: list[dict] = []
 
-    def add(self, step: Step, drawn: Sequence[Row], metrics: Mapping[str, float]) -> None:
-        """One step: the rows it was trained on, in the plan's order, and its numbers."""
+    def add(self, step: Step, drawn: Sequence[Row], numbers: Mapping[str, RowNumbers], metrics: Mapping[str, float]) -> None:
+        """One step: the rows it was trained on, in the plan's order, the rl rows' numbers by item, and the step's own."""
         for position, row in enumerate(drawn):
+            mine = numbers.get(row.item_id) if row.route == "rl" else None
             self._draws.append(
                 {
                     "round": self._round,
@@ -36,6 +38,8 @@ class Journal:
                     "route": row.route,
                     "teacher": row.teacher,
                     "age": row.age,
+                    **dict.fromkeys(("log_ratio", "kl", "clip_fraction")),
+                    **(vars(mine) if mine else {}),
                 }
             )
         when = time.time()

@@ -5,10 +5,11 @@ Left out: which steps there are, and writing (journal.py).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from schemas.recipe import DypoMethod
+from schemas.recipe import GRPO, DypoMethod
 from trainer.schedule import Step
 from trainer.step import Observed
 
@@ -88,29 +89,81 @@ def _losses(every: Sequence[Observed]) -> dict[str, float]:
     return out
 
 
+@dataclass(frozen=True)
+class RowNumbers:
+    """What one rl row says about the policy that is trained on it: means over its tokens (draws has them by row)."""
+
+    log_ratio: float
+    kl: float
+    clip_fraction: float
+
+
+def by_row(seen: Observed, method: DypoMethod) -> list[RowNumbers]:
+    """The numbers of each of `seen.rl_rows`, in their order."""
+    out = []
+    for row, log_ratio_T in zip(seen.rl_rows, seen.log_ratios, strict=True):
+        by_sequence = method.grpo.ratio == "sequence"
+        clipped = _clipped(log_ratio_T.mean(keepdims=True) if by_sequence else log_ratio_T, row.advantage, method.grpo)
+        out.append(RowNumbers(float(log_ratio_T.mean()), float(_k3(log_ratio_T).mean()), float(clipped.mean())))
+    return out
+
+
+def sampler_gaps(seen: Observed) -> list[np.ndarray]:
+    """By rl row, a value a token: log-prob under the policy being trained minus the sampler's own, in nats."""
+    rows = zip(seen.rl_rows, seen.log_ratios, strict=True)
+    return [log_ratio_T + _f64(row.old_logps) - _f64(row.sampler_logps) for row, log_ratio_T in rows]
+
+
+def _clipped(log_ratio: np.ndarray, advantage: float, grpo: GRPO) -> np.ndarray:
+    """Where clipping is in force. cispo: where the weight is a bound, whatever the advantage."""
+    ratio = np.exp(np.clip(log_ratio, -20, 20))
+    above, below = ratio > 1 + grpo.clip_high, ratio < 1 - grpo.clip_low
+    if grpo.surrogate == "cispo":
+        return above | below
+    if advantage > 0:
+        return above
+    far = ratio > (grpo.dual_clip or np.inf)
+    return (below | far) & (advantage < 0)
+
+
+def _k3(log_ratio: np.ndarray) -> np.ndarray:
+    """ratio - 1 - log ratio: the KL from whoever the log-ratio is against, on its samples."""
+    safe = np.clip(log_ratio, -20, 20)
+    return np.exp(safe) - 1 - safe
+
+
+def _f64(logps: np.ndarray | None) -> np.ndarray:
+    assert logps is not None, "an rl row has its log-probs"
+    return logps.astype(np.float64)
+
+
 def _policy(seen: Observed, method: DypoMethod) -> dict[str, float | np.floating]:
     """What the rl rows say about the policy now and where they came from."""
-    rows, log_ratio_N = seen.rl_rows, np.concatenate(seen.log_ratios)
+    rows, log_ratio_N, numbers = seen.rl_rows, np.concatenate(seen.log_ratios), by_row(seen, method)
     lengths = np.array([len(r.tokens) for r in rows])
-    advantages = np.array([r.advantage for r in rows])
-    if method.grpo.ratio == "sequence":
-        log_ratio, advantage = np.array([x.mean() for x in seen.log_ratios]), advantages
-    else:
-        log_ratio, advantage = log_ratio_N, np.repeat(advantages, lengths)
-    ratio = np.exp(np.clip(log_ratio, -20, 20))
-    above, below = ratio > 1 + method.grpo.clip_high, ratio < 1 - method.grpo.clip_low
-    safe_N = np.clip(log_ratio_N, -20, 20)
-    return {
+    clip_weights = None if method.grpo.ratio == "sequence" else lengths
+    out: dict[str, float | np.floating] = {
         "entropy": np.concatenate(seen.entropies).mean(),
-        "clip_fraction": np.mean((above & (advantage > 0)) | (below & (advantage < 0))),
+        "clip_fraction": np.average([n.clip_fraction for n in numbers], weights=clip_weights),
         "ess": effective_sample_size(log_ratio_N),
         "ess_sequence": effective_sample_size(np.array([x.sum() for x in seen.log_ratios])),
-        "kl": np.mean(np.exp(safe_N) - 1 - safe_N),
+        "kl": _k3(log_ratio_N).mean(),
         "reward": np.mean([r.reward for r in rows]),
         "age": np.mean([r.age for r in rows]),
         "completions/mean_length": lengths.mean(),
         "completions/clipped_ratio": np.mean([r.finish_reason == "length" for r in rows]),
     }
+    if method.needs_reference:
+        gaps = [_f64(r.ref_logps) - _f64(r.old_logps) - x for r, x in zip(rows, seen.log_ratios, strict=True)]
+        out["kl_ref"] = _k3(np.concatenate(gaps)).mean()
+    if method.grpo.old == "trainer":
+        gaps = [_f64(r.old_logps) - _f64(r.sampler_logps) for r in rows]
+        out["mismatch/abs_difference"] = np.abs(np.concatenate(gaps)).mean()
+        if method.grpo.truncation != "none":
+            logs = np.array([x.sum() for x in gaps]) if method.grpo.truncation == "sequence" else np.concatenate(gaps)
+            out["mismatch/weight"] = np.exp(np.minimum(logs, np.log(method.grpo.truncation_cap))).mean()
+            out["mismatch/truncated"] = np.mean(logs > np.log(method.grpo.truncation_cap))
+    return out
 
 
 def _alignment(seen: Observed) -> dict[str, float | np.floating]:

@@ -1,4 +1,4 @@
-"""Shard rows as the trainer uses them: looked up by item id, checked once, the reference's log-probs joined.
+"""Shard rows as the trainer uses them: looked up by item id, checked once, stored log-probs joined by role.
 
 One idea: the Arrow table stays where it is; only the rows of the step at hand become Python objects. All checks run
 before the model is loaded and name the row, what was expected and the way out.
@@ -19,7 +19,11 @@ Key = tuple[str, str]  # (route, item_id)
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence. `old_logps` is None for sft rows; `ref_logps` is None unless the method reads a reference."""
+    """One sequence. `ref_logps` is None unless the method reads a reference; of sft rows all three log-probs are.
+
+    old_logps: what ratios divide by; the sampler's own (`sampler_logps`), or rows of role old where the method reads them.
+    masked: the row counts in every denominator and gives no gradient.
+    """
 
     item_id: str
     prompt_id: str
@@ -38,23 +42,32 @@ class Row:
     w_sft: float
     w_grpo: float
     w_gal: float
+    sampler_logps: np.ndarray | None = None
+    masked: bool = False
 
 
 class Shards:
-    """A round's shard table, and its reference log-probs if the method reads them (`ref` None: it does not)."""
+    """A round's shard table, and the stored log-probs of the roles that the method reads (None: it does not).
 
-    def __init__(self, shards: pa.Table, ref: pa.Table | None) -> None:
+    mask_truncated: rollouts that were cut at max_tokens are `masked`.
+    """
+
+    def __init__(
+        self, shards: pa.Table, ref: pa.Table | None, old: pa.Table | None = None, *, mask_truncated: bool = False
+    ) -> None:
         self.table = shards.combine_chunks()
         self._at: dict[Key, int] = {}
         for at, key in enumerate(zip(*_columns(shards, "route", "item_id"), strict=True)):
             if self._at.setdefault(key, at) != at:
                 raise UserError(f"shards: item {key[1]} of route {key[0]} is there twice; grade the round again")
-        self._ref = None if ref is None else ref.combine_chunks()
-        ids = [] if ref is None else ref["item_id"].to_pylist()
-        self._ref_at = {item: at for at, item in enumerate(ids)}
+        self._mask_truncated = mask_truncated
+        self._roles = {role: t.combine_chunks() for role, t in (("ref", ref), ("old", old)) if t is not None}
+        self._role_at = {
+            role: {item: at for at, item in enumerate(t["item_id"].to_pylist())} for role, t in self._roles.items()
+        }
         _check(self.table)
-        if self._ref is not None:
-            self._check_ref(self._ref)
+        for role in self._roles:
+            self._check_role(role)
 
     def rows(self, keys: Iterable[Key]) -> list[Row]:
         """The rows of these keys, in this order."""
@@ -64,7 +77,10 @@ class Shards:
         get = {name: self.table[name][at] for name in _NEEDED}
         rl = get["route"].as_py() == "rl"
         item = get["item_id"].as_py()
-        ref = self._ref["logprobs"][self._ref_at[item]] if rl and self._ref is not None else None
+        stored = {
+            role: _numbers(t["logprobs"][self._role_at[role][item]], np.float32) for role, t in self._roles.items() if rl
+        }
+        sampler = _numbers(get["old_logprobs"], np.float32) if rl else None
         return Row(
             item_id=item,
             prompt_id=get["prompt_id"].as_py(),
@@ -74,8 +90,8 @@ class Shards:
             temperature=get["temperature"].as_py() if rl else 1.0,
             prompt_tokens=_numbers(get["prompt_tokens"], np.int64),
             tokens=_numbers(get["tokens"], np.int64),
-            old_logps=_numbers(get["old_logprobs"], np.float32) if rl else None,
-            ref_logps=None if ref is None else _numbers(ref, np.float32),
+            old_logps=stored.get("old", sampler),
+            ref_logps=stored.get("ref"),
             finish_reason=get["finish_reason"].as_py(),
             reward=get["reward"].as_py(),
             correct=get["correct"].as_py(),
@@ -83,23 +99,26 @@ class Shards:
             w_sft=get["w_sft"].as_py(),
             w_grpo=get["w_grpo"].as_py(),
             w_gal=get["w_gal"].as_py(),
+            sampler_logps=sampler,
+            masked=rl and self._mask_truncated and get["finish_reason"].as_py() == "length",
         )
 
-    def _check_ref(self, ref: pa.Table) -> None:
-        """Every rl row has its reference log-probs: one a token, at the row's temperature."""
-        has = list(zip(_lengths(ref["logprobs"]), ref["temperature"].to_pylist(), strict=True))
+    def _check_role(self, role: str) -> None:
+        """Every rl row has its log-probs of this role: one a token, at the row's temperature."""
+        table, where = self._roles[role], self._role_at[role]
+        has = list(zip(_lengths(table["logprobs"]), table["temperature"].to_pylist(), strict=True))
         lengths = _lengths(self.table["tokens"])
         keys = _columns(self.table, "route", "item_id", "temperature")
         for route, item, temperature, length in zip(*keys, lengths, strict=True):
             if route != "rl":
                 continue
             again = "compute this role for the round again"
-            if item not in self._ref_at:
-                raise UserError(f"logprobs (role ref): no row for the shard's item {item}; {again}")
-            found = has[self._ref_at[item]]
+            if item not in where:
+                raise UserError(f"logprobs (role {role}): no row for the shard's item {item}; {again}")
+            found = has[where[item]]
             if found != (length, temperature):
                 raise UserError(
-                    f"logprobs (role ref): item {item} has {found[0]} log-probs at temperature {found[1]}, its shard "
+                    f"logprobs (role {role}): item {item} has {found[0]} log-probs at temperature {found[1]}, its shard "
                     f"row {length} tokens at {temperature}; {again}"
                 )
 

@@ -18,7 +18,8 @@ from trainer import adapter
 from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
 from trainer.job import Reader, RoundEnd, TrainJob
 from trainer.journal import Journal
-from trainer.metrics import step_metrics, summary
+from trainer.metrics import by_row, step_metrics, summary
+from trainer.mismatch import refuse_mismatch
 from trainer.model import PolicyLM, device_of, load_model, recompute_activations
 from trainer.objective import Unit, count
 from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
@@ -36,9 +37,13 @@ def train_round(job: TrainJob) -> RoundEnd:
     metrics up to the last checkpoint are then kept.
     """
     method = job.train.method
-    if method.needs_reference and job.ref is None:
-        raise UserError("the method reads the base policy's log-probs (gal.ref = init) and none were given")
-    shards = Shards(job.shards, job.ref if method.needs_reference else None)
+    roles = {role: getattr(job, role) for role in method.logprob_roles}
+    for role, rows in roles.items():
+        if rows is None:
+            raise UserError(
+                f"the method reads log-probs of role {role} (train.method: gal.ref, grpo.kl, grpo.old); none were given"
+            )
+    shards = Shards(job.shards, roles.get("ref"), roles.get("old"), mask_truncated=method.grpo.mask_truncated)
     plan = plan_round(job.shards, job.train, seed=job.seed, round=job.round)
 
     team = join(job.train.spread, device_of(job.policy))
@@ -57,7 +62,7 @@ def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> Round
         _publish(job, model, optimizers, replace(state, ended="empty"), team)
         return RoundEnd(0, "empty")
 
-    journal = Journal(job.sink, job.round)
+    journal, first = Journal(job.sink, job.round), next((s.updates[0] for s in plan if s.updates), None)
     for step in plan[state.steps :]:
         began = time.perf_counter()
         drawn: list[Row] = []
@@ -65,9 +70,11 @@ def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> Round
         for update in step.updates:
             units = [shards.rows(visit.items) for visit in update.visits]
             drawn += [row for unit in units for row in unit]
-            seen[update.optimizer] = _update(job, model, optimizers, step, update, units, state.before + step.index, team)
+            taken, fresh = state.before + step.index, update is first
+            seen[update.optimizer] = _update(job, model, optimizers, step, update, units, taken, team, fresh=fresh)
         metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
-        journal.add(step, drawn, metrics)
+        numbers = {row.item_id: n for o in seen.values() for row, n in zip(o.rl_rows, by_row(o, method), strict=True)}
+        journal.add(step, drawn, numbers, metrics)
 
         state = replace(state, steps=step.index + 1, cursor=step.cursor, ended=_end(job, step, metrics))
         if state.ended is not None or state.steps % job.train.checkpoint_every == 0:
@@ -124,8 +131,10 @@ def _update(
     units: list[Unit],
     taken: int,
     team: Team,
+    *,
+    fresh: bool,
 ) -> Observed:
-    """One call of one optimizer; `taken` steps were really made before it in the run."""
+    """One call of one optimizer; `taken` steps were really made before it in the run. fresh: none was in the round."""
     train = job.train
     seen = accumulate(
         model,
@@ -140,6 +149,8 @@ def _update(
     norm = gradient_norm(model.parameters())
     seen.grad_norm = norm.item()
     _refuse_non_finite(seen, job, step, units)
+    if fresh:
+        refuse_mismatch(seen, limit=train.max_logprob_difference, where=f"train, round {job.round}, step {step.index}")
     seen.rate = learning_rate(
         train.optimizer,
         base_rate(train.method, update.optimizer),

@@ -1,14 +1,14 @@
 """train: one round's shards -> checkpoints, draws and metrics. Everything here is files; the arithmetic is the trainer's.
 
 The trainer is passed in by the CLI (`Trainer`), since pipeline and trainer never import each other. Its first sub-stage
-writes the log-probs of the reference policy as rows, so that the loop holds one model.
+(logprobs.py) writes the log-probs of other policies as rows, so that the loop holds one model.
 """
 
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,29 +24,34 @@ from pipeline.progress import Progress, progress
 from pipeline.stage import (
     Outcome,
     Spec,
-    begin,
     changes,
     code_revision,
     current,
     describe,
     finish,
-    finished,
     found_fingerprint,
     move,
     need,
-    nothing,
     superseded,
 )
+from pipeline.stages import logprobs
+from pipeline.stages.logprobs import LogProbs
 from pipeline.store import HELD, MANIFEST, Partition, fsync_folder, partition, partitions, publish, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.ids import rows_digest
 from schemas.manifest import Manifest
-from schemas.tables import ARROW
 
-HOW = ("checkpoint_every", "micro_batch_tokens", "gradient_checkpointing", "processes", "spread")  # not what is computed
+HOW = (
+    "checkpoint_every",
+    "micro_batch_tokens",
+    "max_logprob_difference",
+    "gradient_checkpointing",
+    "processes",
+    "spread",
+)  # not what is computed
 
 
-class Trainer(Protocol):
+class Trainer(LogProbs, Protocol):
     """What the CLI passes in: the module `trainer.api`."""
 
     TrainJob: Any
@@ -58,10 +63,6 @@ class Trainer(Protocol):
     def assemble(self, spread: str, policy: Any, go: bool) -> bool: ...
 
     def train_round(self, job: Any) -> Any: ...
-
-    def reference_logprobs(
-        self, model_dir: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int, *, finished: frozenset[str]
-    ) -> Iterator[pa.Table]: ...
 
 
 def spec(ctx: Context, round: int) -> Spec:
@@ -82,14 +83,6 @@ def spec(ctx: Context, round: int) -> Spec:
     return Spec("train", ctx.part("checkpoints", round=round), config, parents, ctx.recipe.seed, expensive=True)
 
 
-def logprob_spec(ctx: Context, round: int) -> Spec:
-    rl = ctx.part("shards", round=round, route="rl").manifest()
-    assert rl is not None
-    config = {"model": ctx.base_policy, "dtype": ctx.recipe.policy.dtype}
-    part = ctx.part("logprobs", round=round, role="ref")
-    return Spec("logprobs", part, config, {f"shards/round={round}/route=rl": rl.identity}, 0)
-
-
 def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False, empty_ok: bool = False) -> list[Outcome]:
     """Trains one round, or goes on with one that was cut off.
 
@@ -102,6 +95,8 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     shards = _shards(ctx, round)
     folder, start = ctx.policy_of(round)
     refuse_shards(ctx, round, shards, start, empty_ok)
+    if not current(it):
+        logprobs.refuse(ctx, round)
     _make_room(ctx, it, regenerate)
     if current(it) and _whole(ctx, it):
         end = it.partition.manifest()
@@ -114,9 +109,9 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     (it.partition.folder / MANIFEST).unlink(missing_ok=True)
     it.partition.remove_temporary()
     ctx.verify_policy(folder)
-    outcomes = []
-    if ctx.recipe.train.method.needs_reference:
-        outcomes.append(_reference(ctx, round, shards, trainer))
+    outcomes = [logprobs.run(ctx, round, role, trainer) for role in ctx.recipe.train.method.logprob_roles]
+    if "old" in ctx.recipe.train.method.logprob_roles:
+        logprobs.refuse(ctx, round)
     trainer.assemble(ctx.recipe.train.spread, ctx.recipe.policy, True)
     with progress(f"train round {round}", ctx.recipe.train.steps, unit="steps") as bar:
         sink = RunSink(ctx, round, it, bar)
@@ -158,13 +153,14 @@ def _shards(ctx: Context, round: int) -> pa.Table:
 def _job(ctx: Context, round: int, trainer: Trainer, shards: pa.Table, start: Path, sink: "RunSink") -> Any:
     """The round as the trainer is told of it, from what lies in the run."""
     recipe = ctx.recipe
-    ref = None
-    if recipe.train.method.needs_reference:
-        ref = read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")
+    stored = {
+        role: read_parts(ctx.part("logprobs", round=round, role=role).files(), "logprobs")
+        for role in recipe.train.method.logprob_roles
+    }
     graded = need(ctx.run, "grades", {"round": round}, command=f"dypo grade {ctx.run}").facts["grades"]
     return trainer.TrainJob(
         round=round, rounds=recipe.rounds, seed=recipe.seed, train=recipe.train, policy=recipe.policy, start=start,
-        shards=shards, ref=ref, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
+        shards=shards, ref=stored.get("ref"), old=stored.get("old"), graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
     )  # fmt: skip
 
 
@@ -232,47 +228,6 @@ def _why(it: Spec) -> str:
     for path in sorted(it.partition.folder.glob(f"step=*/{MANIFEST}")):
         return changes(it, Manifest.model_validate_json(path.read_text()))
     return "its parts carry another fingerprint"
-
-
-def _reference(ctx: Context, round: int, shards: pa.Table, trainer: Trainer) -> Outcome:
-    """The base policy's log-probs of every rl row, by anti-join."""
-    started = time.monotonic()
-    it = logprob_spec(ctx, round)
-    begin(it)
-    done = {i for (i,) in finished(it, ("item_id",))}
-    rl = shards.filter(pc.field("route") == "rl")
-    left = rl.num_rows - len(done)
-    if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
-        return nothing(it)
-    it.partition.folder.mkdir(parents=True, exist_ok=True)
-    with progress(it.partition.label, rl.num_rows, len(done)) as bar:
-        pending: list[pa.Table] = []
-        batches = trainer.reference_logprobs(  # planned from all rows, so that a resumed stage computes the same batches
-            ctx.recipe.policy.model,
-            rl,
-            ctx.recipe.policy,
-            ctx.recipe.train.micro_batch_tokens,
-            finished=frozenset(done),
-        )
-        for got in batches if left else ():
-            pending.append(got)
-            bar.advance(got.num_rows)
-            if sum(t.num_rows for t in pending) >= 512:
-                it.partition.write(_as_rows(ctx, round, pending), it.fingerprint)
-                pending = []
-        if pending:
-            it.partition.write(_as_rows(ctx, round, pending), it.fingerprint)
-    return finish(it, started=started)
-
-
-def _as_rows(ctx: Context, round: int, batches: list[pa.Table]) -> pa.Table:
-    table = pa.concat_tables(batches)
-    constant = {"round": round, "role": "ref", "model": ctx.base_policy}
-    columns = {
-        n: table.column(n) if n in table.column_names else pa.array([constant[n]] * table.num_rows)
-        for n in ARROW["logprobs"].names
-    }
-    return pa.table(columns)
 
 
 def _manifest(it: Spec, parts: list, facts: dict[str, Any], part: Partition | None = None) -> Manifest:

@@ -45,6 +45,35 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
         (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port/v1"),
         (LEFT, server("http://me:pw@host/v1"), "a key belongs in the environment variable that api_key_env names"),
         (LEFT, server("https://host/v1?key=pw"), "a key belongs in the environment variable that api_key_env names"),
+        (
+            "lr = 1e-3",
+            'lr = 1e-3, grpo = { surrogate = "cispo", ratio = "sequence" }',
+            "train.method.grpo: surrogate = 'cispo' weighs each token by its own ratio",
+        ),
+        (
+            "lr = 1e-3",
+            'lr = 1e-3, grpo = { surrogate = "cispo", dual_clip = 3.0 }',
+            "train.method.grpo: dual_clip bounds the clipped surrogate",
+        ),
+        ("lr = 1e-3", 'lr = 1e-3, grpo = { truncation = "token" }', "needs old = 'trainer'"),
+        (
+            "lr = 1e-3",
+            'lr = 1e-3, grpo = { truncation = "token", old = "trainer", ratio = "sequence" }',
+            "one weight a row: truncation = 'sequence'",
+        ),
+        ("lr = 1e-3", "lr = 1e-3, grpo = { horizon = 8 }", "horizon belongs to aggregation = 'seq-mean-token-sum-norm'"),
+        ("lr = 1e-3", 'lr = 1e-3, grpo = { aggregation = "seq-mean-token-sum-norm" }', "and is needed there"),
+        (
+            "lr = 1e-3",
+            "lr = 1e-3, grpo = { dual_clip = 1.0 }",
+            "train.method.grpo.dual_clip: Input should be greater than 1 (found 1.0)",
+        ),
+        (
+            "lr = 1e-3",
+            "lr = 1e-3, grpo = { clip_low = 1.5 }",
+            "train.method.grpo.clip_low: Input should be less than or equal to 1 (found 1.5)",
+        ),
+        ("lr = 1e-3", "lr = 1e-3, alpha = 0.0, grpo = { kl = 0.1 }", "train.method: grpo.kl is a part of the GRPO term"),
         ("steps = 6", "steps = 0", "train.steps: Input should be greater than or equal to 1 (found 0)"),
     ],
 )

@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM
 from schemas.recipe import DypoMethod
 from tests.trainer import by_hand
 from tests.trainer.by_hand import gradient
-from tests.trainer.tiny import EOS, ExactLM, exact_llama, make_ref, make_shards, policy_lm, shaped, tiny_llama
+from tests.trainer.tiny import EOS, ExactLM, exact_llama, make_old, make_ref, make_shards, policy_lm, shaped, tiny_llama
 from trainer.batch import pack, plan_micro_batches, slots, split
 from trainer.model import PolicyLM
-from trainer.objective import Unit, count
+from trainer.objective import Unit, count, micro_batch
 from trainer.rows import Row, Shards
 from trainer.step import Observed, accumulate
 
@@ -31,6 +31,20 @@ METHODS = {
     "grpo_only": {"alpha": 1.0},
     "gal_only": {"alpha": 0.0, "gamma": 0.0},
     "weights": {"alpha": 0.3, "gamma": 2.0, "grpo": {"clip_low": 0.1, "clip_high": 0.4}},
+    "dapo": {"grpo": {"aggregation": "token-mean", "clip_high": 0.28, "mask_truncated": True}},
+    "dr_grpo": {"grpo": {"aggregation": "seq-mean-token-sum-norm", "horizon": 7}, "gal": {"ref": "old"}},
+    "cispo": {"grpo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "aggregation": "token-mean"}},
+    "dual_clip": {"grpo": {"dual_clip": 1.3, "clip_high": 0.1}},
+    "dual_clip_sequence": {"grpo": {"ratio": "sequence", "dual_clip": 1.3}},
+    "truncated": {"grpo": {"old": "trainer", "truncation": "token", "truncation_cap": 1.1}, "gal": {"ref": "old"}},
+    "truncated_rows": {"grpo": {"old": "trainer", "truncation": "sequence", "ratio": "sequence", "truncation_cap": 1.1}},
+    "kl": {"alpha": 1.0, "grpo": {"kl": 0.5}},
+    "all_of_it": {
+        "grpo": {
+            **{"old": "trainer", "truncation": "token", "kl": 0.2, "dual_clip": 1.5, "mask_truncated": True},
+            **{"aggregation": "seq-mean-token-sum-norm", "horizon": 5},
+        }
+    },
 }
 
 
@@ -38,14 +52,15 @@ def method_of(name: str) -> DypoMethod:
     return DypoMethod.model_validate(METHODS[name])
 
 
-def units_of(*, hard: int = 3, mid: int = 3, k: int = 4, seed: int = 0) -> list[Unit]:
-    """Hard rows and whole groups, with reference log-probs."""
+def units_of(*, hard: int = 3, mid: int = 3, k: int = 4, seed: int = 0, name: str = "default") -> list[Unit]:
+    """Hard rows and whole groups as the method reads them, with stored log-probs."""
     table = make_shards(hard=hard, mid=mid, k=k, teachers=1, traces=1, seed=seed)
-    return units_from(table, make_ref(table))
+    return units_from(table, make_ref(table), method_of(name))
 
 
-def units_from(table: pa.Table, ref: pa.Table) -> list[Unit]:
-    shards = Shards(table, ref)
+def units_from(table: pa.Table, ref: pa.Table, method: DypoMethod) -> list[Unit]:
+    old = make_old(table) if method.grpo.old == "trainer" else None
+    shards = Shards(table, ref, old, mask_truncated=method.grpo.mask_truncated)
     units: dict[str, list[tuple[str, str]]] = {}
     for row in table.to_pylist():
         units.setdefault(row["prompt_id"], []).append((row["route"], row["item_id"]))
@@ -79,7 +94,7 @@ def test_the_mixture_equals_the_formula_written_out_row_by_row_from_the_tables(n
     """Also where rewards are shaped: GAL's pairs are right against wrong, whatever the reward and the advantage say."""
     table = shaped(make_shards(hard=3, mid=3, teachers=1, traces=1))
     ref, method = make_ref(table), method_of(name)
-    rows, units = table.to_pylist(), units_from(table, ref)
+    rows, units = by_hand.with_old(table.to_pylist(), make_old(table)), units_from(table, ref, method)
     for make in (ExactLM, exact_llama):
         got, seen = update(units, name, budget=60, model=policy_lm(make))
         model = make()
@@ -94,7 +109,7 @@ def test_the_mixture_equals_the_formula_written_out_row_by_row_from_the_tables(n
 @given(budget=st.integers(1, 400), order=st.randoms(use_true_random=False), name=st.sampled_from(sorted(METHODS)))
 @settings(deadline=None, max_examples=12)
 def test_the_gradient_does_not_see_the_split_or_the_order(budget: int, order: object, name: str) -> None:
-    units = units_of()
+    units = units_of(name=name)
     whole, _ = update(units, name)
     shuffled = list(units)
     order.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -105,35 +120,37 @@ def test_the_gradient_does_not_see_the_split_or_the_order(budget: int, order: ob
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 def test_one_row_at_a_time_equals_all_in_one_on_a_llama(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    units = units_of()
+    units = units_of(name=name)
     one_each, _ = update(units, name, budget=1, model=policy_lm(lambda: tiny_llama().to(dtype)))
     together, _ = update(units, name, model=policy_lm(lambda: tiny_llama().to(dtype)))
     assert_same(one_each, together, tolerance)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_shares_of_an_update_add_up_to_it_when_the_counts_are_the_whole_updates(world: int) -> None:
-    units = units_of()
-    whole, _ = update(units, "default")
+@pytest.mark.parametrize("name", METHODS)
+def test_shares_of_an_update_add_up_to_it_when_the_counts_are_the_whole_updates(name: str, world: int) -> None:
+    units = units_of(name=name)
+    whole, _ = update(units, name)
     model = policy_lm()
     for rank in range(world):
-        accumulate(model, units[rank::world], count(units, len(units)), method_of("default"), micro_batch_tokens=60)
+        accumulate(model, units[rank::world], count(units, len(units)), method_of(name), micro_batch_tokens=60)
     assert_same(gradient(model), whole, 1e-10)
 
 
-def test_dropping_or_perturbing_any_one_of_the_micro_batches_changes_the_gradient() -> None:
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "gal_only"])  # whose Hard rows weigh nothing
+def test_dropping_or_perturbing_any_one_of_the_micro_batches_changes_the_gradient(name: str) -> None:
     """K >= 3, since an accumulation that keeps the first and the last looks right at K = 2 (ALGORITHMS 5.1)."""
-    units = units_of(hard=2, mid=2)
-    whole, _ = update(units, "default", budget=1)
+    units = units_of(hard=2, mid=2, name=name)
+    whole, _ = update(units, name, budget=1)
     assert len(plan_micro_batches([slots(unit) for unit in units], 1)) == 4
     counts = count(units, len(units))
     for dropped in range(len(units)):
         model = policy_lm()
         rest = [u for i, u in enumerate(units) if i != dropped]
-        accumulate(model, rest, counts, method_of("default"), micro_batch_tokens=1)
+        accumulate(model, rest, counts, method_of(name), micro_batch_tokens=1)
         part = gradient(model)
         assert (part - whole).norm() > 1e-3 * whole.norm()
-        accumulate(model, [units[dropped]], counts, method_of("default"), micro_batch_tokens=1)
+        accumulate(model, [units[dropped]], counts, method_of(name), micro_batch_tokens=1)
         assert_same(gradient(model), whole, 1e-10)
 
 
@@ -254,7 +271,7 @@ def test_the_cosine_of_grpo_and_gal_is_one_where_they_are_collinear() -> None:
 def test_a_step_without_hard_or_without_mid_prompts_is_finite_and_only_the_other_term(
     hard: int, mid: int, name: str
 ) -> None:
-    units = units_of(hard=hard, mid=mid)
+    units = units_of(hard=hard, mid=mid, name=name)
     grad, seen = update(units, name)
     assert torch.isfinite(grad).all()
     assert (seen.sft != 0, seen.grpo != 0) == (hard > 0, mid > 0)
@@ -285,3 +302,53 @@ def test_counting_easy_prompts_scales_the_whole_loss() -> None:
     model = policy_lm()
     accumulate(model, units, count(units, 6), method_of("default"), micro_batch_tokens=100, easy_scale=0.6)
     assert_same(gradient(model), 0.6 * update(units, "default")[0], 1e-10)
+
+
+# ---------------------------------------------------------------- rows that were cut, and rows that are long
+def test_masked_rollouts_give_no_gradient_and_still_count_in_the_denominators() -> None:
+    """Their log-probs can be anything; the others' share stays what it was among all rows."""
+    units = units_of(hard=0, name="all_of_it")
+    masked = [row for unit in units for row in unit if row.masked]
+    assert len(masked) == len(units)
+    whole, seen = update(units, "all_of_it")
+    junk = [
+        [Row(**{**vars(r), "old_logps": r.old_logps - 3, "advantage": 9.0, "correct": not r.correct}) if r.masked else r for r in u]
+        for u in units
+    ]  # fmt: skip
+    other, again = update(junk, "all_of_it")
+    assert torch.equal(other, whole)
+    assert (again.total, again.counts) == (seen.total, seen.counts)
+    unmasked, kept = update([[Row(**{**vars(r), "masked": False}) for r in u] for u in units], "all_of_it")
+    assert (unmasked - whole).norm() > 1e-3 * whole.norm()
+    assert (kept.counts.rl_tokens, kept.counts.rows) == (seen.counts.rl_tokens, seen.counts.rows)
+    assert kept.counts.pairs > seen.counts.pairs == len(seen.margins) > 0
+
+
+@pytest.mark.parametrize("name", ["all_of_it", "dapo"])
+def test_an_update_whose_rollouts_are_all_masked_moves_nothing(name: str) -> None:
+    units = [[Row(**{**vars(r), "masked": True}) for r in u] for u in units_of(hard=0, name=name)]
+    grad, seen = update(units, name)
+    assert grad.abs().max() == 0
+    assert seen.total == 0
+    assert seen.counts.pairs == 0
+
+
+@pytest.mark.parametrize("name", ["default", "dapo", "dr_grpo", "all_of_it"])
+def test_a_longer_neighbour_pads_more_and_changes_nothing_of_the_policy_gradient(name: str) -> None:
+    """ALGORITHMS test 22: a denominator that is the longest row of a batch would."""
+    units = units_of(hard=1, mid=2, name=name)
+    ((hard,), *groups) = units
+    long = Row(**{**vars(hard), "tokens": hard.tokens.repeat(9)})
+    (_, short), (_, padded) = update([[hard], *groups], name), update([[long], *groups], name)
+    assert padded.grpo == pytest.approx(short.grpo, rel=1e-12)
+    assert padded.grpo_square == pytest.approx(short.grpo_square, rel=1e-12)
+
+
+def test_a_constant_horizon_keeps_the_weight_of_a_token_whatever_the_length_of_its_row() -> None:
+    """Dr.GRPO: a row's gradient is in proportion to its tokens; and twice the horizon is half the loss."""
+    (unit,) = units_of(hard=0, mid=1, name="dr_grpo")
+    batch = micro_batch([unit], count([unit], 1), method_of("dr_grpo"))
+    assert {len(row.tokens) for row in unit} != {len(unit[0].tokens)}
+    assert batch.grpo_share_B.tolist() == [1 / (7 * len(unit))] * len(unit)
+    by_length = micro_batch([unit], count([unit], 1), method_of("default")).grpo_share_B
+    assert by_length.tolist() == pytest.approx([1 / (len(row.tokens) * len(unit)) for row in unit])

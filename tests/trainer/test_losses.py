@@ -1,6 +1,7 @@
 """The losses against the dumbest loops that can be written, and the identities of ALGORITHMS sections 1, 7 and 8."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.losses import (
+    cispo,
     clipped_surrogate,
     group_alignment,
     grpo_advantages,
+    k3,
     pair_coefficients,
     pair_margins,
     sequence_surrogate,
     sft,
+    truncated_weights,
 )
 
 F64 = torch.float64
@@ -143,7 +147,143 @@ def test_the_sequence_surrogate_equals_a_loop_and_spreads_its_gradient_evenly(se
             assert logps_BT.grad[b, t].item() == pytest.approx(slope, rel=1e-12)
 
 
+@given(st.integers(0, 10_000), st.floats(1.01, 4.0))
+@FEW
+def test_dual_clip_bounds_what_a_wrong_answer_costs_and_touches_nothing_else(seed: int, bound: float) -> None:
+    torch.manual_seed(seed)
+    logps, old = (torch.randn(40, dtype=F64) for _ in range(2))
+    logps.requires_grad_()
+    advantages = torch.randn(40, dtype=F64)
+    loss = clipped_surrogate(logps, old, advantages, clip_low=0.2, clip_high=0.2, dual_clip=bound)
+    (grad,) = torch.autograd.grad(loss.sum(), logps)
+    for t in range(40):
+        advantage, ratio = advantages[t].item(), math.exp((logps[t] - old[t]).item())
+        plain = surrogate_loop(logps[t].item(), old[t].item(), advantage, 0.2, 0.2)
+        bounded = advantage < 0 and ratio > bound
+        assert loss[t].item() == pytest.approx(-bound * advantage if bounded else plain, rel=1e-12)
+        clipped = ratio > 1.2 if advantage > 0 else ratio < 0.8
+        assert grad[t].item() == pytest.approx(0.0 if bounded or clipped else -ratio * advantage, rel=1e-12)
+
+
+def test_dual_clip_bounds_the_sequence_ratio_too() -> None:
+    old_BT, mask_BT = torch.zeros(2, 2, dtype=F64), torch.ones(2, 2, dtype=torch.bool)
+    logps_BT = torch.tensor([[0.9, 1.1], [0.2, 0.3]], dtype=F64, requires_grad=True)
+    minus = -torch.ones(2, dtype=F64)
+    loss_BT = sequence_surrogate(logps_BT, old_BT, mask_BT, minus, clip_low=0.2, clip_high=0.2, dual_clip=2.0)
+    assert loss_BT.flatten().tolist() == pytest.approx([2.0, 2.0, math.exp(0.25), math.exp(0.25)])
+    (grad_BT,) = torch.autograd.grad(loss_BT.sum(), logps_BT)
+    assert grad_BT.flatten().tolist() == pytest.approx([0.0, 0.0, math.exp(0.25), math.exp(0.25)])
+
+
+def test_dual_clip_refuses_a_bound_that_on_policy_tokens_pass() -> None:
+    with pytest.raises(ValueError, match="dual_clip"):
+        clipped_surrogate(torch.zeros(2), torch.zeros(2), torch.ones(2), clip_low=0.2, clip_high=0.2, dual_clip=1.0)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([(0.2, 0.28), (1.0, 4.0), (0.5, 0.1)]))
+@FEW
+def test_cispo_equals_a_loop_and_its_gradient_is_never_zeroed_by_clipping(seed: int, bounds: tuple[float, float]) -> None:
+    """ALGORITHMS test 15. Ratios from e^-6 to e^6, so that both bounds are met."""
+    torch.manual_seed(seed)
+    low, high = bounds
+    logps_BT, old_BT = 2 * torch.randn(3, 30, dtype=F64), 2 * torch.randn(3, 30, dtype=F64)
+    logps_BT.requires_grad_()
+    advantages_B = torch.randn(3, dtype=F64)
+    loss_BT = cispo(logps_BT, old_BT, advantages_B[:, None], clip_low=low, clip_high=high)
+    (grad_BT,) = torch.autograd.grad(loss_BT.sum(), logps_BT)
+    met = set()
+    for b in range(3):
+        for t in range(30):
+            logp, advantage = logps_BT[b, t].item(), advantages_B[b].item()
+            ratio = math.exp(logp - old_BT[b, t].item())
+            weight = min(max(ratio, 1 - low), 1 + high)
+            met.add((weight > ratio) - (weight < ratio))
+            assert loss_BT[b, t].item() == pytest.approx(-weight * advantage * logp, rel=1e-12)
+            assert grad_BT[b, t].item() == pytest.approx(-weight * advantage, rel=1e-12)
+    assert grad_BT.abs().min() > 0
+    assert met >= ({-1, 0} if low == 1.0 else {-1, 0, 1}), "clip_low = 1 leaves small ratios as they are"
+
+
+# ---------------------------------------------------------------- truncation
+@given(st.integers(0, 10_000), st.sampled_from(["token", "sequence"]), st.floats(0.5, 3.0))
+@FEW
+def test_truncated_weights_equal_a_loop_and_carry_no_gradient(seed: int, level: str, cap: float) -> None:
+    torch.manual_seed(seed)
+    lengths = [1, 4, 6]
+    old_BT = torch.randn(3, 6, dtype=F64, requires_grad=True)
+    sampler_BT = torch.randn(3, 6, dtype=F64)
+    mask_BT = torch.arange(6) < torch.tensor(lengths)[:, None]
+    got_BT = truncated_weights(old_BT, sampler_BT, mask_BT, level=level, cap=cap)
+    assert not got_BT.requires_grad
+    for b, length in enumerate(lengths):
+        gaps = [(old_BT[b, t] - sampler_BT[b, t]).item() for t in range(length)]
+        for t in range(6):
+            want = min(math.exp(sum(gaps) if level == "sequence" else gaps[t]), cap) if t < length else 1.0
+            assert got_BT[b, t].item() == pytest.approx(want, rel=1e-12)
+
+
+def test_truncated_weights_are_finite_where_the_product_of_a_row_is_not() -> None:
+    old_BT = torch.tensor([[900.0, 900.0], [-900.0, -900.0]])
+    got = truncated_weights(old_BT, torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), level="sequence", cap=2.0)
+    assert got.tolist() == [[2.0, 2.0], [0.0, 0.0]]
+
+
+def test_truncated_weights_refuse_what_they_cannot_mean() -> None:
+    a, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="level"):
+        truncated_weights(a, a, mask, level="row", cap=2.0)
+    with pytest.raises(ValueError, match="shape"):
+        truncated_weights(a, a[:, :1], mask, level="token", cap=2.0)
+    with pytest.raises(ValueError, match="cap"):
+        truncated_weights(a, a, mask, level="token", cap=0.0)
+
+
+# ---------------------------------------------------------------- KL
+@given(st.lists(st.tuples(st.floats(-8, 0), st.floats(-8, 0)), min_size=1, max_size=9))
+@FEW
+def test_k3_equals_a_loop_is_never_negative_and_pulls_towards_the_reference(pairs: list[tuple[float, float]]) -> None:
+    logps = torch.tensor([logp for logp, _ in pairs], dtype=F64, requires_grad=True)
+    ref = torch.tensor([ref for _, ref in pairs], dtype=F64, requires_grad=True)
+    loss = k3(logps, ref)
+    (grad, none) = torch.autograd.grad(loss.sum(), (logps, ref), allow_unused=True)
+    assert none is None
+    for t, (logp, r) in enumerate(pairs):
+        assert loss[t].item() == pytest.approx(math.exp(r - logp) - (r - logp) - 1, abs=1e-9)
+        assert loss[t].item() >= 0
+        assert grad[t].item() == pytest.approx(1 - math.exp(r - logp), abs=1e-9)
+
+
+def test_k3_is_the_kl_on_average_over_what_the_policy_samples() -> None:
+    p, q = torch.tensor([0.7, 0.2, 0.1], dtype=F64), torch.tensor([0.3, 0.3, 0.4], dtype=F64)
+    assert (p * k3(p.log(), q.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item())
+
+
+def test_k3_stays_finite_far_away_and_refuses_other_shapes() -> None:
+    logps = torch.tensor([-900.0, 0.0], requires_grad=True)
+    loss = k3(logps, torch.tensor([0.0, -900.0]))
+    assert torch.isfinite(loss).all()
+    (grad,) = torch.autograd.grad(loss.sum(), logps)
+    assert grad.tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="shape"):
+        k3(torch.zeros(2, 3), torch.zeros(3))
+
+
 # ---------------------------------------------------------------- alignment
+@given(st.integers(0, 10_000), st.integers(1, 7), st.integers(0, 255))
+@FEW
+def test_a_response_without_a_reward_is_in_no_pair(seed: int, right: int, bits: int) -> None:
+    logps, ref, rewards = group(8, right, seed)
+    out = torch.tensor([bool(bits >> i & 1) for i in range(8)])
+    holed = torch.where(out, math.nan, rewards)
+    loss = group_alignment(logps, ref, holed, beta=0.7)
+    want = group_alignment(logps[~out], ref[~out], rewards[~out], beta=0.7)
+    torch.testing.assert_close(loss, want)
+    (grad,) = torch.autograd.grad(loss, logps)
+    (alone,) = torch.autograd.grad(want, logps)
+    torch.testing.assert_close(grad, alone)
+    torch.testing.assert_close(pair_coefficients(logps, ref, holed, beta=0.7), -grad.detach())
+
+
 @pytest.mark.parametrize("right", range(9))
 @pytest.mark.parametrize("reference", [True, False])
 def test_group_alignment_equals_a_loop_over_pairs(right: int, reference: bool) -> None:
@@ -286,7 +426,19 @@ def test_gradcheck_in_float64() -> None:
     old = 0.05 * torch.randn(6, dtype=F64)
     advantages = torch.randn(6, dtype=F64)
     logps = (old + 0.05 * torch.randn(6, dtype=F64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: clipped_surrogate(x, old, advantages, clip_low=0.2, clip_high=0.2), logps)
+    clips = {"clip_low": 0.2, "clip_high": 0.2}
+    mask_BT = torch.ones(2, 3, dtype=torch.bool)
+    for far in (0.0, 1.0):  # 1: past every clip, dual clip included
+        clipped = partial(clipped_surrogate, old_logps=old - far, advantages=advantages, **clips, dual_clip=2.0)
+        assert torch.autograd.gradcheck(clipped, logps)
+        rows = partial(sequence_surrogate, mask_BT=mask_BT, advantages_B=advantages[:2], **clips, dual_clip=2.0)
+        far_BT = (old - far).view(2, 3)
+        assert torch.autograd.gradcheck(lambda x, f=rows, o=far_BT: f(x.view(2, 3), o).sum(-1), logps)
+    for shift in (5.0, -5.0):  # where its weight is a bound: elsewhere cispo's weight is held constant by definition
+        assert torch.autograd.gradcheck(lambda x, d=shift: cispo(x, old + d, advantages, **clips), logps)
+    assert torch.autograd.gradcheck(lambda x: k3(x, old - 0.3), logps)
     assert torch.autograd.gradcheck(lambda x: sft(x, advantages > 0), logps)
+    holed = torch.where(advantages > 1, math.nan, (advantages > 0).to(F64))
     for ref in (None, old):
-        assert torch.autograd.gradcheck(lambda x, r=ref: group_alignment(x, r, advantages > 0, beta=2.0), logps)
+        for rewards in (advantages > 0, holed):
+            assert torch.autograd.gradcheck(lambda x, r=ref, w=rewards: group_alignment(x, r, w, beta=2.0), logps)

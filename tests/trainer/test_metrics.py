@@ -7,7 +7,7 @@ import pytest
 
 from schemas.tables import ARROW
 from tests.trainer import by_hand
-from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train, shaped, tiny_llama
+from tests.trainer.tiny import FolderSink, make_job, make_old, make_ref, make_shards, make_train, shaped, tiny_llama
 from trainer.run import train_round
 from trainer.schedule import plan_round
 
@@ -16,6 +16,25 @@ METHODS = {
     "default": {"gal": {"beta": 6.0}},
     "sequence": {"grpo": {"ratio": "sequence", "clip_low": 0.1, "clip_high": 0.4}, "gal": {"ref": "old", "beta": 6.0}},
     "queue": {"preset": "official", "queue_size": 3, "queue_groups": 2, "gal": {"beta": 0.3}},
+    "care": {
+        "grpo": {
+            **{
+                "old": "trainer",
+                "truncation": "token",
+                "truncation_cap": 1.1,
+                "kl": 0.3,
+                "dual_clip": 1.2,
+                "clip_high": 0.1,
+            },
+            **{"mask_truncated": True, "aggregation": "token-mean"},
+        },
+        "gal": {"ref": "none", "beta": 2.0},
+    },
+    "rows": {
+        "grpo": {"old": "trainer", "truncation": "sequence", "truncation_cap": 1.1, "ratio": "sequence", "clip_low": 0.1},
+        "gal": {"beta": 6.0},
+    },
+    "cispo": {"grpo": {"surrogate": "cispo", "clip_low": 0.9, "clip_high": 1.0}, "gal": {"beta": 6.0}},
     "prompts": {"preset": "paper", "alpha": 0.3, "gamma": 2.0, "sft_reduction": "prompt", "gal": {"beta": 6.0}},
 }
 CLIPPED = {"clip_norm": 0.01, "warmup_steps": 2}
@@ -38,11 +57,11 @@ def test_every_metric_of_a_step_is_the_number_that_the_tables_give_by_hand(
     rates = {"lr": STILL} | ({"sft_lr": 2 * STILL} if queue else {})
     train = make_train(METHODS[name] | rates, steps=1, prompts_per_step=8, optimizer=CLIPPED)
     shards, sink = shaped(make_shards()), FolderSink(tmp_path)
-    ref, method = make_ref(shards), train.method
+    ref, old, method = make_ref(shards), make_old(shards), train.method
     job = make_job(policy_folder, sink, shards=shards, ref=ref, train=train, round=2, rounds=3)
     train_round(job)
 
-    model, rows, logps = tiny_llama(), drawn(sink, shards), by_hand.reference(ref)
+    model, rows, logps = tiny_llama(), by_hand.with_old(drawn(sink, shards), old), by_hand.reference(ref)
     hard, mid = [r for r in rows if r["route"] == "sft"], [r for r in rows if r["route"] == "rl"]
     assert (len(hard), len(by_hand.groups_of(mid))) == (3 if queue else 4, 4)
     want = by_hand.metrics(model, rows, logps, method)
@@ -59,10 +78,19 @@ def test_every_metric_of_a_step_is_the_number_that_the_tables_give_by_hand(
     got = metrics_of(sink)
     assert got.pop("tokens_per_s") > 0
     assert got == pytest.approx(want, rel=1e-4, abs=1e-5 * STILL)
+    now = by_hand.forward_each(model, rows)
+    columns = ("log_ratio", "kl", "clip_fraction")
+    for row, draw in zip(rows, sink.rows("draws"), strict=True):
+        found = {c: draw[c] for c in columns}
+        if row["route"] == "sft":
+            assert set(found.values()) == {None}
+        else:
+            assert found == pytest.approx(by_hand.row_numbers(row, now, method), rel=1e-4, abs=1e-6)
     # what the numbers have to be for the comparison to tell right from wrong
     assert 0 < want["clip_fraction"] < 1
     assert want["gal/saturated"] not in (0, 0.5, 1)
     assert abs(want["gal/corr_d_length"]) > 0.05
+    assert 0 < want.get("mismatch/truncated", 0.5) < 1
     assert want["grad_norm"] > 2 * CLIPPED["clip_norm"]
 
 

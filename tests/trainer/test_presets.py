@@ -53,3 +53,15 @@ def test_without_gal_no_reference_is_asked_for() -> None:
     method = DypoMethod(alpha=1.0)
     assert method.gal_coefficient == 0
     assert not method.needs_reference
+
+
+def test_stored_log_probs_are_asked_for_by_the_options_that_read_them() -> None:
+    reference_free = {"gal": {"ref": "none"}}
+    for method, roles in (
+        ({}, ("ref",)),
+        (reference_free, ()),
+        (reference_free | {"grpo": {"kl": 0.1}}, ("ref",)),
+        (reference_free | {"grpo": {"old": "trainer"}}, ("old",)),
+        ({"alpha": 1.0, "grpo": {"old": "trainer", "kl": 0.1}}, ("old", "ref")),
+    ):
+        assert DypoMethod.model_validate(method).logprob_roles == roles

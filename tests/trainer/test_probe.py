@@ -18,6 +18,7 @@ from tests.trainer import by_hand
 from tests.trainer.tiny import ExactLM, make_ref, make_shards, make_train
 from trainer import probe
 from trainer.losses import grpo_advantages
+from trainer.model import PolicyLM
 from trainer.probe import MIN_PROMPTS, SPLITS, VarianceJob, part_gradients, probe_variance, random_splits, split_chance
 from trainer.rows import Shards
 from trainer.variance import Interval, split_moments
@@ -46,7 +47,7 @@ def job_of(shards: pa.Table, method: dict | None = None, **more: object) -> Vari
 def exact(monkeypatch: pytest.MonkeyPatch) -> ExactLM:
     """A float64 model in place of whatever would be loaded."""
     model = ExactLM()
-    monkeypatch.setattr(probe, "load_model", lambda folder, policy: model)
+    monkeypatch.setattr(probe, "load_model", lambda folder, policy: PolicyLM(model))
     return model
 
 
@@ -80,7 +81,7 @@ def test_the_gradient_of_a_prompt_and_of_its_halves_is_the_objectives_by_hand(se
     unit = looked_up.rows([("rl", r["item_id"]) for r in group])
     half = [0, 2, 5, 7]
     parts = [(range(K), unit), probe._half(unit, half, method)]
-    found = {(n, name): flat(g) for n, name, g in part_gradients(model, unit, parts, ["grpo", "gal"], method)}
+    found = {(n, name): flat(g) for n, name, g in part_gradients(PolicyLM(model), unit, parts, ["grpo", "gal"], method)}
     rewards = [group[i]["reward"] for i in half]
     advantages = grpo_advantages(torch.tensor(rewards, dtype=torch.float64)).tolist()
     alone = [group[i] | {"advantage": a} for i, a in zip(half, advantages, strict=True)]
@@ -91,7 +92,7 @@ def test_the_gradient_of_a_prompt_and_of_its_halves_is_the_objectives_by_hand(se
             np.testing.assert_allclose(found[number, name], expected, rtol=0, atol=1e-9)
     (trace,) = by_prompt(shards, "sft")["h0"]
     unit = looked_up.rows([("sft", trace["item_id"])])
-    ((_, _, grads),) = part_gradients(model, unit, [(range(1), unit)], ["sft"], method)
+    ((_, _, grads),) = part_gradients(PolicyLM(model), unit, [(range(1), unit)], ["sft"], method)
     np.testing.assert_allclose(flat(grads), gradient_by_hand(model, [trace], "sft", ref, method), rtol=0, atol=1e-9)
 
 

@@ -16,7 +16,17 @@ from schemas.errors import UserError, WorkError
 from schemas.recipe import Policy
 from schemas.tables import ARROW
 from tests.trainer import by_hand
-from tests.trainer.tiny import FolderSink, make_job, make_ref, make_shards, make_train, stored_tensors, tiny_llama
+from tests.trainer.tiny import (
+    FolderSink,
+    Killed,
+    make_job,
+    make_old,
+    make_ref,
+    make_shards,
+    make_train,
+    stored_tensors,
+    tiny_llama,
+)
 from trainer.metrics import effective_sample_size
 from trainer.run import train_round
 from trainer.schedule import plan_round
@@ -41,7 +51,8 @@ def test_the_names_of_the_metrics_are_those_that_the_documentation_lists(policy_
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     listed = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
     written: set[str] = set()
-    for name, method in {"joint": {}, "queue": QUEUE}.items():
+    care = {"grpo": {"old": "trainer", "truncation": "token"}}
+    for name, method in {"joint": {}, "queue": QUEUE, "care": care}.items():
         sink = FolderSink(tmp_path / name)
         train_round(make_job(policy_folder, sink, train=make_train(method)))
         written |= {row["name"] for row in sink.rows("metrics")}
@@ -247,6 +258,14 @@ def test_missing_or_foreign_reference_log_probs_are_refused(policy_folder: Path,
     colder = make_ref(make_shards(temperature=0.5))
     with pytest.raises(UserError, match=r"at temperature 0\.5"):
         train_round(make_job(policy_folder, FolderSink(tmp_path), ref=colder))
+    by_trainer = make_train({"grpo": {"old": "trainer"}})
+    with pytest.raises(UserError, match=r"role old.*none were given"):
+        train_round(make_job(policy_folder, FolderSink(tmp_path), old=None, train=by_trainer))
+    with pytest.raises(UserError, match=r"\(role old\): no row for the shard's item m0-rl--0"):
+        train_round(make_job(policy_folder, FolderSink(tmp_path), old=make_old(make_shards()).slice(1), train=by_trainer))
+    for_kl = make_train({"gal": {"ref": "none"}, "grpo": {"kl": 0.1}})
+    with pytest.raises(UserError, match=r"role ref.*none were given"):
+        train_round(make_job(policy_folder, FolderSink(tmp_path), ref=None, train=for_kl))
     reference_free = make_train({"gal": {"ref": "none"}})
     assert train_round(make_job(policy_folder, FolderSink(tmp_path), ref=None, train=reference_free)).steps == 6
 
@@ -266,6 +285,61 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_and_it
     first = next(s.index for s in plan if any(v.prompt_id == "m2" for u in s.updates for v in u.visits))
     assert f"step {first}:" in str(caught.value)
     assert max(sink.checkpoints(), default=0) == first
+
+
+# ---------------------------------------------------------------- the sampler's log-probs against the trainer's
+def sampled(shift: float = 0.0, **change: object) -> pa.Table:
+    """Shards whose old log-probs are the tiny policy's own, moved by `shift` in turn up and down."""
+    model, rows = tiny_llama(), make_shards().to_pylist()
+    for row in rows:
+        if row["route"] == "rl":
+            logps = by_hand.forward_alone(model, row)[0].tolist()
+            row["old_logprobs"] = [x + (-shift if t % 2 else shift) for t, x in enumerate(logps)]
+        row |= change
+    return pa.Table.from_pylist(rows, ARROW["shards"])
+
+
+def test_right_after_sampling_the_ratio_is_one_and_the_round_goes_on(policy_folder: Path, tmp_path: Path) -> None:
+    """ALGORITHMS test 23: nothing is left but float32's rounding. Later steps move away from the sampler as they should."""
+    sink = FolderSink(tmp_path)
+    train = make_train(max_logprob_difference=1e-5)
+    assert train_round(make_job(policy_folder, sink, shards=sampled(), train=train)).steps == 6
+    ratios = {s: [abs(r["log_ratio"]) for r in sink.rows("draws") if r["step"] == s and r["route"] == "rl"] for s in (0, 5)}
+    assert max(ratios[0]) < 1e-5 < 1e-3 < max(ratios[5])
+
+
+@pytest.mark.parametrize("old", ["sampler", "trainer"])
+def test_rollouts_that_the_trainer_does_not_recognise_are_refused_before_the_first_update(
+    old: str, policy_folder: Path, tmp_path: Path
+) -> None:
+    """Also where the ratio is against the trainer's own: the difference is to who sampled."""
+    sink, shards = FolderSink(tmp_path), sampled(0.3)
+    train = make_train({"grpo": {"old": old}}, max_logprob_difference=0.29, checkpoint_every=1)
+    with pytest.raises(WorkError, match=r"round 0, step 0: .* by 0\.3 nats .* = 0\.29; .*m\d-rl--\d \(0\.3\)"):
+        train_round(make_job(policy_folder, sink, shards=shards, train=train))
+    assert not sink.checkpoints()
+    told = train.model_copy(update={"max_logprob_difference": 0.31})
+    assert train_round(make_job(policy_folder, sink, shards=shards, train=told)).steps == 6
+
+
+def test_only_rollouts_of_this_round_before_its_first_update_are_held_against_the_trainer(
+    policy_folder: Path, tmp_path: Path
+) -> None:
+    strict = {"max_logprob_difference": 1e-6}
+    older = sampled(0.3, round=2, source_round=1)
+    train = make_train(**strict)
+    assert train_round(make_job(policy_folder, FolderSink(tmp_path / "old"), shards=older, round=2, train=train)).steps == 6
+    # the RL update of a step comes after its SFT update: the policy has moved, so nothing can be said
+    queue = make_train(QUEUE, prompts_per_step=8, **strict)
+    first = plan_round(make_shards(), queue, seed=3, round=0)[0]
+    assert [u.optimizer for u in first.updates] == ["sft", "main"]
+    assert train_round(make_job(policy_folder, FolderSink(tmp_path / "q"), shards=sampled(0.3), train=queue)).steps == 6
+    # a round that goes on from a checkpoint has made its first update
+    sink = FolderSink(tmp_path / "cut", die=("progress", 3))
+    loose = make_train(max_logprob_difference=1.0)
+    with pytest.raises(Killed):
+        train_round(make_job(policy_folder, sink, shards=sampled(0.3), train=loose))
+    assert train_round(make_job(policy_folder, FolderSink(tmp_path / "cut"), shards=sampled(0.3), train=train)).steps == 6
 
 
 # ---------------------------------------------------------------- precision and threads

@@ -1,10 +1,8 @@
 """Several processes: one, two and three ranks train to the same weights, checkpoints reshard, a killed rank ends in one error."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest

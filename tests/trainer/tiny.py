@@ -164,13 +164,13 @@ def shaped(shards: pa.Table, seed: int = 9) -> pa.Table:
     return pa.Table.from_pylist(rows, ARROW["shards"])
 
 
-def make_ref(shards: pa.Table, seed: int = 5) -> pa.Table:
-    """Reference log-probs of the rl rows, near the old ones."""
+def make_ref(shards: pa.Table, seed: int = 5, role: str = "ref") -> pa.Table:
+    """Log-probs of the rl rows under another policy (role ref), or of the trainer's own (role old), near the sampler's."""
     rng = np.random.default_rng(seed)
     rows = [
         {
             "round": 0,
-            "role": "ref",
+            "role": role,
             "item_id": row["item_id"],
             "model": "base",
             "temperature": row["temperature"],
@@ -186,6 +186,10 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint of one process keeps beside the model: moments and RNG state."""
     (path,) = (folder / "trainer" / "tensors").glob("*.safetensors")
     return load_file(path)
+
+
+def make_old(shards: pa.Table) -> pa.Table:
+    return make_ref(shards, seed=6, role="old")
 
 
 class Killed(RuntimeError):
@@ -249,8 +253,9 @@ class FolderSink:
 
 
 def make_train(method: dict | None = None, **more: object) -> Train:
-    """Training settings for tests: a rate that moves weights, and checkpoints every second step."""
+    """Training settings for tests: a rate that moves weights, and checkpoints every second step. Made-up old log-probs pass."""
     settings = {"steps": 6, "prompts_per_step": 4, "micro_batch_tokens": 60, "checkpoint_every": 2}
+    settings |= {"max_logprob_difference": 100.0}
     method = {"type": "dypo", "lr": 1e-2} | (method or {})
     optimizer = {"warmup_steps": 2, "decay": "cosine"}
     return Train.model_validate(settings | {"method": method, "optimizer": optimizer} | more)
@@ -269,6 +274,7 @@ def make_job(
         "start": start,
         "shards": shards,
         "ref": make_ref(shards),
+        "old": make_old(shards),
         "graded": {"easy": 2, "mid": 4, "hard": 4},
         "sink": sink,
     }

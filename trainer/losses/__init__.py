@@ -7,15 +7,20 @@ formulas beside these names.
 
 from trainer.losses.advantages import grpo_advantages
 from trainer.losses.alignment import group_alignment, pair_coefficients, pair_margins
+from trainer.losses.divergence import k3
 from trainer.losses.supervised import sft
-from trainer.losses.surrogate import clipped_surrogate, sequence_surrogate
+from trainer.losses.surrogate import cispo, clipped_surrogate, sequence_surrogate
+from trainer.losses.truncation import truncated_weights
 
 __all__ = [
+    "cispo",
     "clipped_surrogate",
     "group_alignment",
     "grpo_advantages",
+    "k3",
     "pair_coefficients",
     "pair_margins",
     "sequence_surrogate",
     "sft",
+    "truncated_weights",
 ]

@@ -17,7 +17,7 @@ def group_alignment(logps: Tensor, ref_logps: Tensor | None, rewards: Tensor, *,
     """Mean of -log sigmoid(d) over the group's pairs R(s) > R(f); 0 (with a zero gradient) without pairs.
 
     logps: [k] reduced sequence log-probs (nats) under the policy. ref_logps: [k] the same reduction under the reference,
-    taken as constant, or None: reference-free. rewards: [k], bool, int or float.
+    taken as constant, or None: reference-free. rewards: [k], bool, int or float; NaN: this response is in no pair.
     Returns a scalar, to minimise. Raises ValueError if the shapes differ or are not [k].
     """
     d_M = pair_margins(logps, ref_logps, rewards, beta=beta)
