@@ -21,6 +21,7 @@ from trainer.losses import grpo_advantages
 
 PAD, EOS, FIRST = 0, 1, 2  # ids; responses end in EOS, and PAD is in no row
 TRL_EPS = 1e-4
+TOLERANCE = 1e-4  # ||g - g'|| / ||g||
 NEAR_EQUAL = (64, 64, 64, 64, 64, 64, 63, 62)
 MEAN_25 = (64, 40, 30, 22, 17, 12, 9, 6)
 
@@ -87,15 +88,16 @@ def make_model(folder: Path) -> Path:
 
 def make_shards(case: Case, groups: int, model: Path) -> pa.Table:
     """`groups` Mid groups as rows of the table shards. Their old_logprobs are 0 until `with_old_logprobs`."""
-    vocabulary = AutoConfig.from_pretrained(model, local_files_only=True).vocab_size
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    ids = np.setdiff1d(np.arange(FIRST, config.vocab_size), config.pad_token_id or PAD)  # TRL drops the gradient of a pad id
     rng = np.random.default_rng(0)
     rows = []
     for g in range(groups):
-        prompt = rng.integers(FIRST, vocabulary, case.prompt).tolist()
+        prompt = rng.choice(ids, case.prompt).tolist()
         rewards = rng.permutation([float(i <= g % (case.k - 1)) for i in range(case.k)])
         advantages = grpo_advantages(rewards.tolist(), eps=TRL_EPS).tolist()
         for s, length in enumerate(rng.permutation(case.lengths).tolist()):
-            tokens = [*rng.integers(FIRST, vocabulary, length - 1).tolist(), EOS]
+            tokens = [*rng.choice(ids, length - 1).tolist(), EOS]
             more = {"reward": rewards[s], "correct": rewards[s] == 1, "advantage": advantages[s], "group_size": case.k}
             rows.append(shard_row("rl", f"g{g}", s, prompt, tokens, old_logprobs=[0.0] * length, **more))
     return pa.Table.from_pylist(rows, ARROW["shards"])
@@ -105,6 +107,16 @@ def with_old_logprobs(shards: pa.Table, logprobs: dict[str, list[float]]) -> pa.
     """The same rows, sampled by a policy whose log-probs are these, by item id."""
     column = pa.array([logprobs[item] for item in shards["item_id"].to_pylist()], ARROW["shards"].field("old_logprobs").type)
     return shards.set_column(shards.schema.get_field_index("old_logprobs"), ARROW["shards"].field("old_logprobs"), column)
+
+
+def same_update(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> float:
+    """||g - g'|| / ||g||; AssertionError if the two are not one update, for then no time of theirs can be compared."""
+    assert theirs.keys() == ours.keys(), f"gradients of other parameters: {sorted(theirs.keys() ^ ours.keys())}"
+    square = sum(g.double().square().sum().item() for g in theirs.values())
+    apart = sum((g - ours[name]).double().square().sum().item() for name, g in theirs.items())
+    difference = (apart / square) ** 0.5
+    assert difference <= TOLERANCE, f"gradients differ by {difference:.1e}, more than {TOLERANCE}: not the same update"
+    return difference
 
 
 def useful_flop(model: nn.Module, case: Case, groups: int) -> tuple[float, float]:

@@ -23,6 +23,7 @@ def main() -> None:
     side, name, batch, model, shards = sys.argv[1:]
     pin()
     import pyarrow.parquet as pq
+    from transformers.utils import logging
 
     from tests.bench.case import CASES
 
@@ -30,6 +31,7 @@ def main() -> None:
         from tests.bench.trl_peer import Peer as Side
     else:
         from tests.bench.ours import Ours as Side
+    logging.disable_progress_bar()
     trained = Side(Path(model), pq.read_table(shards), CASES[name], batch=int(batch))
     held = resident_mb()
     reset_peak()

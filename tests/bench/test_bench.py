@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.bench.case import CASES, EOS, PAD, Case, make_model, make_shards, useful_flop
+from tests.bench.case import CASES, EOS, PAD, Case, make_model, make_shards, same_update, useful_flop
 from tests.bench.machine import peak_mb, reset_peak, resident_mb
 from tests.bench.ours import Ours, sampled_by
 from tests.bench.where import ATTENTION, LINEAR, REST, VOCABULARY, bin_of, breakdown
@@ -62,6 +62,15 @@ def test_rows_sampled_by_the_policy_make_a_gradient_that_no_micro_batch_size_mov
     before = [p.clone() for p in sides[0].model.parameters()]
     assert sides[0].update() > 0
     assert all(torch.equal(p, was) for p, was in zip(sides[0].model.parameters(), before, strict=True))
+
+
+def test_two_gradients_that_differ_are_not_one_update() -> None:
+    gradient = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    assert same_update(gradient, gradient | {"b": torch.tensor([[4.0 + 5e-5]])}) == pytest.approx(1e-5, rel=0.05)
+    with pytest.raises(AssertionError, match="not the same update"):
+        same_update(gradient, gradient | {"b": torch.tensor([[4.001]])})
+    with pytest.raises(AssertionError, match="other parameters"):
+        same_update(gradient, {"a": gradient["a"]})
 
 
 def test_operators_are_binned_by_shape_then_name() -> None:

@@ -28,13 +28,12 @@ import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from tests.bench import memory  # noqa: E402
-from tests.bench.case import CASES, Case, make_model, make_shards, useful_flop  # noqa: E402
+from tests.bench.case import CASES, Case, make_model, make_shards, same_update, useful_flop  # noqa: E402
 from tests.bench.ours import Ours, sampled_by  # noqa: E402
 from tests.bench.trl_peer import Peer  # noqa: E402
 from tests.bench.where import breakdown  # noqa: E402
 
 AIM = 0.85  # of the arithmetic limit
-TOLERANCE = 1e-4  # ||g - g'|| / ||g||
 MEMORY_CEILING = 0.6
 PARTS = ("time", "memory", "update", "profile")
 
@@ -59,7 +58,7 @@ def main() -> None:
                 say(*lines(found[-1]), sep="\n")
     if args.json:
         print(json.dumps(found, indent=1))
-    missed = [row["row"] for row in found if args.model is None and (row.get("missed") or row.get("memory_missed"))]
+    missed = [row["row"] for row in found if row.get("missed") or row.get("memory_missed")]
     if missed:
         sys.exit(f"below the floor: {', '.join(missed)}")
 
@@ -69,7 +68,8 @@ def bench(case: Case, model: Path, file: Path, args: argparse.Namespace) -> dict
     batches = sorted({case.k, min(4, args.groups) * case.k})
     shards = sampled_by(model, make_shards(case, args.groups, model))
     pq.write_table(shards, file)
-    result: dict[str, Any] = {"row": case.name, "groups": args.groups, "limit": case.limit, "floor": case.floor}
+    result: dict[str, Any] = {"row": case.name, "groups": args.groups, "limit": case.limit}
+    result["floor"] = case.floor if args.model is None else 0.0  # floors are the default model's
     best = {"TRL": batches[0], "ours": batches[0]}
     if "time" in args.parts:
         sides = [side(model, shards, case, batch=b) for b in batches for side in (Peer, Ours)]
@@ -85,23 +85,13 @@ def bench(case: Case, model: Path, file: Path, args: argparse.Namespace) -> dict
     if "memory" in args.parts:
         risen = {b: {s: memory.measure(s, case.name, b, model, file) for s in ("trl", "ours")} for b in batches}
         result["memory"] = [{"batch": b, **mb, "ratio": mb["ours"] / mb["trl"]} for b, mb in risen.items()]
-        result["memory_missed"] = any(row["ratio"] > MEMORY_CEILING for row in result["memory"])
+        result["memory_missed"] = args.model is None and any(row["ratio"] > MEMORY_CEILING for row in result["memory"])
     if "profile" in args.parts:
         ours = Ours(model, shards, case, batch=best["ours"])
         ours.gradient()
         bins, rest = breakdown(ours)
         result["profile"] = {"bins": bins, "rest": rest}
     return result
-
-
-def same_update(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> float:
-    """||g - g'|| / ||g||; AssertionError if the two are not one update, for then no time of theirs can be compared."""
-    assert theirs.keys() == ours.keys(), f"gradients of other parameters: {sorted(theirs.keys() ^ ours.keys())}"
-    square = sum(g.double().square().sum().item() for g in theirs.values())
-    apart = sum((g - ours[name]).double().square().sum().item() for name, g in theirs.items())
-    difference = (apart / square) ** 0.5
-    assert difference <= TOLERANCE, f"gradients differ by {difference:.1e}, more than {TOLERANCE}: not the same update"
-    return difference
 
 
 def _turns(sides: list[Any], repeat: int) -> tuple[dict[tuple[str, int], list[float]], list[float], float]:
@@ -145,7 +135,7 @@ def _timing(
     return {
         "ratio": ratio,
         "share_of_limit": ratio / case.limit,
-        "missed": ratio < case.floor,
+        "missed": args.model is None and ratio < case.floor,
         "matmul_gflops": peak,
         "sides": sides,
     }
@@ -189,7 +179,7 @@ def lines(row: dict[str, Any]) -> list[str]:
         verdict = "MISSED" if row["missed"] else "aim reached" if row["share_of_limit"] >= AIM else "floor reached"
         out.append(
             f"  loss+backward  {row['ratio']:.2f}x TRL   slots {row['limit']:.2f}   share {row['share_of_limit']:.2f} "
-            f"(aim {AIM})   floor {row['floor']}   {verdict}"
+            f"(aim {AIM})" + (f"   floor {row['floor']}   {verdict}" if row["floor"] else "")
         )
         for name, side in row["sides"].items():
             spread = "   ".join(f"batch {b}: {min(t):.3f}-{max(t):.3f}" for b, t in side["all_seconds"].items())
