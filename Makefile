@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 VVENV  := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check slow real docs clean
+.PHONY: help demo test check slow real bench-trainer docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ slow: $(VENV)/ready $(VVENV)/ready chromium  ## real components: the demo over 3
 real: $(VENV)/ready-real  ## a real language model, real problems, two real teachers (docs/results/smollm2.md says how long)
 	$(BIN)/python data/real.py
 
+bench-trainer: $(VENV)/ready-bench  ## our step against TRL's GRPOTrainer, on one core; docs/performance.md says what it shows
+	$(BIN)/python -m tests.bench.trainer $(ARGS)
+
 tiny-policy: $(VENV)/ready  ## make the embedded policy and its problems again (docs in data/tiny_policy)
 	$(BIN)/python data/make_tiny_policy.py
 
@@ -51,6 +54,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(VENV)/ready-real: $(VENV)/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
+	touch $@
+
+$(VENV)/ready-bench: $(VENV)/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	touch $@
 
 $(VVENV)/ready: constraints-vllm.txt
