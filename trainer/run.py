@@ -33,13 +33,10 @@ def train_round(job: TrainJob) -> RoundEnd:
     Raises UserError before any work if the shards cannot be trained on, and WorkError, before the update, if a loss or a
     gradient is not finite; checkpoints, draws and metrics up to the last checkpoint are then kept.
     """
-    method = job.train.method
-    if method.needs_reference and job.ref is None:
-        raise UserError("the method reads the base policy's log-probs (gal.ref = init) and none were given")
-    shards = Shards(job.shards, job.ref if method.needs_reference else None)
+    shards = shards_of(job)
     plan = plan_round(job.shards, job.train, seed=job.seed, round=job.round)
 
-    model, optimizers, state = _begin(job)
+    model, optimizers, state = begin(job, job.sink.checkpoints())
     job.sink.cut("draws", state.steps)
     job.sink.cut("metrics", state.steps)
     if state.ended is not None:
@@ -50,14 +47,7 @@ def train_round(job: TrainJob) -> RoundEnd:
 
     journal = Journal(job.sink, job.round)
     for step in plan[state.steps :]:
-        began = time.perf_counter()
-        drawn: list[Row] = []
-        seen: dict[str, Observed] = {}
-        for update in step.updates:
-            units = [shards.rows(visit.items) for visit in update.visits]
-            drawn += [row for unit in units for row in unit]
-            seen[update.optimizer] = _update(job, model, optimizers, step, update, units, state.before + step.index)
-        metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
+        drawn, metrics = take_step(job, model, optimizers, shards, step, before=state.before)
         journal.add(step, drawn, metrics)
 
         state = replace(state, steps=step.index + 1, cursor=step.cursor, ended=_end(job, step, metrics))
@@ -70,9 +60,17 @@ def train_round(job: TrainJob) -> RoundEnd:
     raise AssertionError("the last step of a plan ends the round")
 
 
-def _begin(job: TrainJob) -> tuple[nn.Module, Optimizers, TrainerState]:
-    """From the round's newest checkpoint, bitwise; else from the start folder, with its optimizer moments if it has any."""
-    done = job.sink.checkpoints()
+def shards_of(job: TrainJob) -> Shards:
+    """The rows of the job as its method reads them, checked. Raises UserError for the first that cannot be trained on."""
+    needed = job.train.method.needs_reference
+    if needed and job.ref is None:
+        raise UserError("the method reads the base policy's log-probs (gal.ref = init) and none were given")
+    return Shards(job.shards, job.ref if needed else None)
+
+
+def begin(job: TrainJob, done: Mapping[int, Path]) -> tuple[nn.Module, Optimizers, TrainerState]:
+    """From the newest of the round's checkpoints `done`, bitwise; else from the start folder, with its optimizer moments
+    if it has any."""
     folder = done[max(done)] if done else job.start
     model = load_model(folder, job.policy)
     optimizers = build_optimizers(model, job.train.method, job.train.optimizer)
@@ -86,6 +84,23 @@ def _begin(job: TrainJob) -> tuple[nn.Module, Optimizers, TrainerState]:
     if state is None or (state.round, state.steps) != (job.round, max(done, default=0)):
         raise UserError(f"{folder}: its trainer/state.json is not that of round {job.round}, step {max(done, default=0)}")
     return model, optimizers, state
+
+
+def take_step(
+    job: TrainJob, model: nn.Module, optimizers: Optimizers, shards: Shards, step: Step, *, before: int
+) -> tuple[list[Row], dict[str, float]]:
+    """One step of the plan, updates included: the rows it took, in the plan's order, and its metrics.
+
+    before: steps really made in the rounds before (TrainerState.before).
+    """
+    began = time.perf_counter()
+    drawn: list[Row] = []
+    seen: dict[str, Observed] = {}
+    for update in step.updates:
+        units = [shards.rows(visit.items) for visit in update.visits]
+        drawn += [row for unit in units for row in unit]
+        seen[update.optimizer] = _update(job, model, optimizers, step, update, units, before + step.index)
+    return drawn, step_metrics(step, seen, job.train.method, graded=job.graded, seconds=time.perf_counter() - began)
 
 
 def _update(

@@ -50,6 +50,10 @@ class Trainer(Protocol):
 
     def train_round(self, job: Any) -> Any: ...
 
+    def replay_step(self, job: Any, step: int, *, draws: pa.Table, metrics: pa.Table, method: Any = None) -> Any: ...
+
+    def environment(self, policy: Any) -> dict[str, Any]: ...
+
     def reference_logprobs(
         self, model_dir: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int, *, finished: frozenset[str]
     ) -> Iterator[pa.Table]: ...
@@ -90,9 +94,7 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     for route in ("rl", "sft"):
         need(ctx.run, "shards", {"round": round, "route": route}, command=f"dypo grade {ctx.run} --round {round}")
     it = spec(ctx, round)
-    shards = pa.concat_tables(
-        read_parts(ctx.part("shards", round=round, route=route).files(), "shards") for route in ("rl", "sft")
-    )
+    shards = read_shards(ctx, round)
     folder, start = ctx.policy_of(round)
     _refuse_shards(ctx, round, shards, start, empty_ok)
     _make_room(ctx, it, regenerate)
@@ -109,21 +111,31 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     if ctx.recipe.train.method.needs_reference:
         outcomes.append(_reference(ctx, round, shards, trainer))
         ref = read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")
-    graded = need(ctx.run, "grades", {"round": round}, command=f"dypo grade {ctx.run}").facts["grades"]
     with progress(f"train round {round}", ctx.recipe.train.steps, unit="steps") as bar:
-        sink = RunSink(ctx, round, it, bar)
-        end = trainer.train_round(
-            trainer.TrainJob(
-                round=round, rounds=ctx.recipe.rounds, seed=ctx.recipe.seed, train=ctx.recipe.train, policy=ctx.recipe.policy,
-                start=folder, shards=shards, ref=ref, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
-            )
-        )  # fmt: skip
+        sink = RunSink(ctx, round, it, bar, trainer)
+        end = trainer.train_round(job(sink, folder, shards, ref))
     for table in ("draws", "metrics"):
         finish(sink.spec(table))
     _, policy = ctx.checkpoint(round, end.steps)
     facts = {"steps": end.steps, "reason": end.reason, "policy": policy}
     it.partition.complete(_manifest(it, [], facts))
     return [*outcomes, Outcome("train", it.partition.label, "made", "", 0, seconds=time.monotonic() - started, facts=facts)]
+
+
+def read_shards(ctx: Context, round: int) -> pa.Table:
+    """The round's shards, both routes."""
+    routes = [ctx.part("shards", round=round, route=route) for route in ("rl", "sft")]
+    return pa.concat_tables(read_parts(part.files(), "shards") for part in routes)
+
+
+def job(sink: "RunSink", start: Path, shards: pa.Table, ref: pa.Table | None) -> Any:
+    """The trainer's job for the sink's round."""
+    recipe, round = sink.ctx.recipe, sink.round
+    graded = need(sink.ctx.run, "grades", {"round": round}, command=f"dypo grade {sink.ctx.run}").facts["grades"]
+    return sink.trainer.TrainJob(
+        round=round, rounds=recipe.rounds, seed=recipe.seed, train=recipe.train, policy=recipe.policy, start=start,
+        shards=shards, ref=ref, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
+    )  # fmt: skip
 
 
 def _refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_ok: bool) -> None:
@@ -162,7 +174,7 @@ def _make_room(ctx: Context, it: Spec, regenerate: bool) -> None:
     if lies not in (None, it.fingerprint) and not regenerate and not kept.exists():
         what = "training" if it.partition.manifest() else "unfinished training"
         raise UserError(
-            f"{it.partition.folder}: a {what} of other shards or settings lies there ({_why(it)}). Restore them to go on, or "
+            f"{it.partition.folder}: a {what} of other shards or settings lies there ({what_changed(it)}). Restore them to go on, or "
             "pass --regenerate to train the round again (the old one moves to superseded/)"
         )
     for table in ("draws", "metrics", "checkpoints"):  # checkpoints last: they decide what is found
@@ -186,7 +198,8 @@ def found(it: Spec) -> str | None:
     return None
 
 
-def _why(it: Spec) -> str:
+def what_changed(it: Spec) -> str:
+    """What the training that lies there was made from that is otherwise now."""
     for path in sorted(it.partition.folder.glob(f"step=*/{MANIFEST}")):
         return changes(it, Manifest.model_validate_json(path.read_text()))
     return "its parts carry another fingerprint"
@@ -260,6 +273,7 @@ class RunSink:
     round: int
     train: Spec
     bar: Progress
+    trainer: Trainer
     _specs: dict[str, Spec] = field(default_factory=dict)
 
     def spec(self, table: str) -> Spec:
@@ -314,7 +328,8 @@ class RunSink:
             for folder in {p.parent for p in files}:
                 fsync_folder(folder)
             parts = [describe(p, 0, str(p.relative_to(tmp))) for p in files]
-            manifest = _manifest(self.train, parts, {"policy": policy_id(tmp)}, part)
+            facts = {"policy": policy_id(tmp), "environment": self.environment()}
+            manifest = _manifest(self.train, parts, facts, part)
             publish(tmp / MANIFEST, lambda p: p.write_text(manifest.model_dump_json(indent=1) + "\n"))
             if part.folder.exists():
                 shutil.rmtree(part.folder)
@@ -327,6 +342,11 @@ class RunSink:
                 "are kept; make room, then run the same command again"
             ) from e
         return part.folder
+
+    def environment(self) -> dict[str, Any]:
+        """What the fingerprint leaves out and the last bits depend on; it holds for the steps since the checkpoint before."""
+        recipe = self.ctx.recipe
+        return {**self.trainer.environment(recipe.policy), "micro_batch_tokens": recipe.train.micro_batch_tokens}
 
     def progress(self, done: int, total: int, note: str) -> None:
         self.bar.to(done, note)
