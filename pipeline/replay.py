@@ -28,7 +28,7 @@ REFUSED = {
     "queue_size": "decides which rows a step takes",
     "queue_groups": "decides which rows a step takes",
 }
-SHOWN = ("loss/", "denom/", "grad_norm", "lr")  # what the terminal shows of the step; --json has all
+SHOWN = ("loss/", "grad_norm", "lr", "denom/")  # what the terminal shows of the step; --json has all
 
 
 def replay(run: Path, round: int, step: int, trainer: Trainer, overrides: list[str]) -> dict[str, Any]:
@@ -74,11 +74,9 @@ def render(it: dict[str, Any]) -> str:
     """The dict of `replay` for a terminal; floats in full."""
     walked = it["step"] - it["from_step"]
     since = f"checkpoint step={it['from_step']}" if it["from_step"] else "the round's start"
-    lines = [
-        f"round {it['round']}, step {it['step']}, computed again from {since}" + (f" over {walked} steps" * (walked > 0))
-    ]
+    lines = [f"round {it['round']}, step {it['step']}, computed again from {since} ({walked} steps before it)"]
     columns = {"as trained": it["metrics"]} | ({", ".join(it["set"]): it["changed"]} if it["changed"] else {})
-    names = [n for n in dict.fromkeys(n for c in columns.values() for n in c) if n.startswith(SHOWN)]
+    names = sorted((n for n in {n for c in columns.values() for n in c} if n.startswith(SHOWN)), key=_place)
     rows = [["", *columns], *([n, *(_number(c.get(n)) for c in columns.values())] for n in names)]
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -120,6 +118,10 @@ def refuse_difference(it: dict[str, Any]) -> None:
             "checkpoint is not what it was"
         )
     raise WorkError(f"replay, round {it['round']}: not bitwise. First difference: {what}. {why}")
+
+
+def _place(name: str) -> tuple[int, str]:
+    return next(at for at, prefix in enumerate(SHOWN) if name.startswith(prefix)), name
 
 
 def _number(value: float | None) -> str:

@@ -147,7 +147,7 @@ def test_weights_that_are_not_the_checkpoint_s_are_noticed(policy_folder: Path, 
 def test_a_draws_row_that_the_plan_does_not_give_is_refused_by_place(column: str, value: str, trained: TrainJob) -> None:
     draws = stored(trained.sink, "draws")  # type: ignore[arg-type]
     at = next(i for i, r in enumerate(draws.to_pylist()) if r["step"] == 1 and r["position"] == 1)
-    with pytest.raises(UserError, match="draws, round 0, step 1, position 1: .* is stored, but"):
+    with pytest.raises(UserError, match=r"draws, round 0, step 1, position 1: .* is stored, but"):
         again(trained, 3, draws=edited(draws, at, {column: value}))
     assert again(trained, 0, draws=edited(draws, at, {column: value})).differences == [], "step 0 does not depend on it"
 
