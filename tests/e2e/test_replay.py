@@ -2,6 +2,7 @@
 screen is meant, the same function in this process elsewhere."""
 
 import json
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -44,10 +45,10 @@ def rewrite(run: Path, table: str, change: pl.Expr) -> None:
 @pytest.mark.parametrize(("round", "step", "start"), [(0, 1, 0), (1, 3, 2), (1, 4, 4)])
 def test_a_step_of_the_run_is_bitwise_what_was_trained(round: int, step: int, start: int, undisturbed: Path) -> None:
     before = files_of(undisturbed)
-    if step == 4:
-        got = replay(undisturbed, step, round=round)
-    else:
+    if step == 3:
         got = json.loads(dypo("replay", undisturbed, "--round", round, "--step", step, "--json").stdout)
+    else:
+        got = replay(undisturbed, step, round=round)
     stored = table(undisturbed, "metrics").filter((pl.col("round") == round) & (pl.col("step") == step))
     assert got["metrics"] == dict(stored.select("name", "value").iter_rows())
     assert not got["metrics"].keys() & set(CLOCKED_METRICS)
@@ -138,5 +139,18 @@ def test_a_round_that_was_trained_otherwise_or_not_at_all_is_refused(a_copy: Pat
     recipe.write_text(recipe.read_text().replace("alpha = 0.5", "alpha = 0.4"))
     with pytest.raises(UserError, match=r"trained on other shards or settings .*alpha: 0\.5 -> 0\.4"):
         replay(a_copy, 1)
-    with pytest.raises(UserError, match="round=7"):
-        replay(a_copy, 1, round=7)
+    for name in ("checkpoints", "draws", "metrics"):
+        shutil.rmtree(a_copy / name / "round=1")
+    with pytest.raises(UserError, match="no training to replay"):
+        replay(a_copy, 1, round=1)
+
+
+def test_a_changed_loss_that_reads_log_probs_which_are_not_stored_is_refused_and_says_so(a_copy: Path) -> None:
+    for name in ("checkpoints", "draws", "metrics", "logprobs"):
+        shutil.rmtree(a_copy / name / "round=1")
+    dypo("train", a_copy, "--round", 1, "--set", "train.method.gal.ref=none")
+    with pytest.raises(UserError, match="reads the base policy's log-probs of the rows, and the run has none stored"):
+        replay(a_copy, 1, "train.method.gal.ref=init", round=1)
+    got = replay(a_copy, 1, "train.method.gal.ref=old", round=1)
+    assert got["bitwise"]
+    assert got["changed"]["loss/gal"] != got["metrics"]["loss/gal"]
