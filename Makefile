@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 VVENV  := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check slow real bench-trainer docs clean
+.PHONY: help demo test check golden golden-record slow real bench-trainer docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ check: $(VENV)/ready  ## lint, format, types, import layers, recipes, rendered d
 	$(BIN)/lint-imports
 	$(BIN)/python docs/render.py --check
 	$(BIN)/python -m pytest tests/schemas tests/test_layers.py
+
+golden: $(VENV)/ready  ## losses and gradient norms of the golden runs, compared (part of `make test`)
+	$(BIN)/python -m pytest tests/golden
+
+golden-record: $(VENV)/ready  ## the same, recorded anew; say in the commit why they moved
+	$(BIN)/python -m tests.golden.record
 
 docs: $(VENV)/ready  ## render docs/data.md and docs/recipe.md from schemas/
 	$(BIN)/python docs/render.py

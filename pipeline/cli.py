@@ -324,6 +324,23 @@ def logprobs(
 
 
 @app.command()
+def replay(
+    run: RunFolder,
+    round: Annotated[int, typer.Option("--round", min=0, help="the round")],
+    step: Annotated[int, typer.Option("--step", min=0, help="the optimizer step within it, from 0")],
+    set: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Compute one optimizer step again, bitwise; with --set train.method.KEY, as another loss would have made it."""
+    from pipeline import replay as stage
+    from trainer import api
+
+    found = stage.replay(run, round, step, api, set or [])
+    print(json.dumps(found) if as_json else stage.render(found))
+    stage.refuse_difference(found)
+
+
+@app.command()
 def report(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option("--out", help="default: RUN/report.html")] = None,

@@ -1,10 +1,12 @@
 """What the command calls, in one place. Importing this loads torch and transformers, so do it inside the function."""
 
+from trainer.environment import environment
 from trainer.forward import reference_logprobs, sequence_logprobs
 from trainer.job import RoundEnd, Sink, TrainJob
 from trainer.launch import launch
 from trainer.model import load_model
 from trainer.probe import VarianceJob, probe_variance
+from trainer.replay import replay_step
 from trainer.run import train_round
 from trainer.team import assemble, in_team
 
@@ -14,11 +16,13 @@ __all__ = [
     "TrainJob",
     "VarianceJob",
     "assemble",
+    "environment",
     "in_team",
     "launch",
     "load_model",
     "probe_variance",
     "reference_logprobs",
+    "replay_step",
     "sequence_logprobs",
     "train_round",
 ]

@@ -14,6 +14,7 @@ from trainer.schedule import Step
 from trainer.step import Observed
 
 SATURATED = 5.0  # |d| beyond which a pair's sigmoid is flat
+CLOCKED = frozenset({"tokens_per_s"})  # what a clock decides: never the same twice
 
 
 def step_metrics(

@@ -18,7 +18,7 @@ from trainer import adapter
 from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
 from trainer.job import Reader, RoundEnd, TrainJob
 from trainer.journal import Journal
-from trainer.metrics import by_row, step_metrics, summary
+from trainer.metrics import RowNumbers, by_row, step_metrics, summary
 from trainer.mismatch import refuse_mismatch
 from trainer.model import PolicyLM, device_of, load_model, recompute_activations
 from trainer.objective import Unit, count
@@ -26,7 +26,7 @@ from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers,
 from trainer.rows import Row, Shards
 from trainer.schedule import Cursor, Step, Update, plan_round
 from trainer.step import Observed, accumulate, merged
-from trainer.team import Team, join
+from trainer.team import ALONE, Team, join
 
 
 def train_round(job: TrainJob) -> RoundEnd:
@@ -36,14 +36,7 @@ def train_round(job: TrainJob) -> RoundEnd:
     cannot be trained on, and WorkError, before the update, if a loss or a gradient is not finite; checkpoints, draws and
     metrics up to the last checkpoint are then kept.
     """
-    method = job.train.method
-    roles = {role: getattr(job, role) for role in method.logprob_roles}
-    for role, rows in roles.items():
-        if rows is None:
-            raise UserError(
-                f"the method reads log-probs of role {role} (train.method: gal.ref, grpo.kl, grpo.old); none were given"
-            )
-    shards = Shards(job.shards, roles.get("ref"), roles.get("old"), mask_truncated=method.grpo.mask_truncated)
+    shards = shards_of(job)
     plan = plan_round(job.shards, job.train, seed=job.seed, round=job.round)
 
     team = join(job.train.spread, device_of(job.policy))
@@ -52,8 +45,7 @@ def train_round(job: TrainJob) -> RoundEnd:
 
 
 def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> RoundEnd:
-    method = job.train.method
-    model, optimizers, state = _begin(job, team)
+    model, optimizers, state = begin(job, job.sink.checkpoints(), team)
     job.sink.cut("draws", state.steps)
     job.sink.cut("metrics", state.steps)
     if state.ended is not None:
@@ -64,16 +56,9 @@ def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> Round
 
     journal, first = Journal(job.sink, job.round), next((s.updates[0] for s in plan if s.updates), None)
     for step in plan[state.steps :]:
-        began = time.perf_counter()
-        drawn: list[Row] = []
-        seen: dict[str, Observed] = {}
-        for update in step.updates:
-            units = [shards.rows(visit.items) for visit in update.visits]
-            drawn += [row for unit in units for row in unit]
-            taken, fresh = state.before + step.index, update is first
-            seen[update.optimizer] = _update(job, model, optimizers, step, update, units, taken, team, fresh=fresh)
-        metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
-        numbers = {row.item_id: n for o in seen.values() for row, n in zip(o.rl_rows, by_row(o, method), strict=True)}
+        drawn, numbers, metrics = take_step(
+            job, model, optimizers, shards, step, before=state.before, first=first, team=team
+        )
         journal.add(step, drawn, numbers, metrics)
 
         state = replace(state, steps=step.index + 1, cursor=step.cursor, ended=_end(job, step, metrics))
@@ -86,12 +71,24 @@ def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> Round
     raise AssertionError("the last step of a plan ends the round")
 
 
-def _begin(job: TrainJob, team: Team) -> tuple[PolicyLM, Optimizers, TrainerState]:
-    """From the round's newest checkpoint, bitwise; else from the start folder, with its optimizer moments if it has any."""
-    done = job.sink.checkpoints()
+def shards_of(job: TrainJob) -> Shards:
+    """The rows of the job as its method reads them, checked. Raises UserError for the first that cannot be trained on."""
+    method = job.train.method
+    roles = {role: getattr(job, role) for role in method.logprob_roles}
+    for role, rows in roles.items():
+        if rows is None:
+            raise UserError(
+                f"the method reads log-probs of role {role} (train.method: gal.ref, grpo.kl, grpo.old); none were given"
+            )
+    return Shards(job.shards, roles.get("ref"), roles.get("old"), mask_truncated=method.grpo.mask_truncated)
+
+
+def begin(job: TrainJob, done: Mapping[int, Path], team: Team = ALONE) -> tuple[PolicyLM, Optimizers, TrainerState]:
+    """From the newest of the round's checkpoints `done`, bitwise; else from the start folder, with its optimizer moments
+    if it has any."""
     folder = done[max(done)] if done else job.start
     torch.manual_seed(seed_from("torch", job.seed, job.round))  # a new adapter draws from it, alike on every rank
-    model = _load(job, folder)
+    model = load(job, folder)
     if job.train.gradient_checkpointing:
         recompute_activations(model.lm)
     team.share(model)
@@ -107,7 +104,7 @@ def _begin(job: TrainJob, team: Team) -> tuple[PolicyLM, Optimizers, TrainerStat
     return model, optimizers, state
 
 
-def _load(job: TrainJob, folder: Path) -> PolicyLM:
+def load(job: TrainJob, folder: Path) -> PolicyLM:
     """The model of a folder; with LoRA the run's base policy, and the folder's adapter on it."""
     if job.train.lora is None:
         return load_model(folder, job.policy)
@@ -120,6 +117,35 @@ def _load(job: TrainJob, folder: Path) -> PolicyLM:
     model = load_model(job.policy.model, job.policy)
     adapter.attach(model.lm, job.train.lora, folder if has_adapter else None)
     return model
+
+
+def take_step(
+    job: TrainJob,
+    model: PolicyLM,
+    optimizers: Optimizers,
+    shards: Shards,
+    step: Step,
+    *,
+    before: int,
+    first: Update | None = None,
+    team: Team = ALONE,
+) -> tuple[list[Row], dict[str, RowNumbers], dict[str, float]]:
+    """One step of the plan, updates included: the rows it took, in the plan's order, their numbers by item, and its metrics.
+
+    before: steps really made in the rounds before (TrainerState.before). first: the round's first update, whose rows are
+    fresh; WorkError if the trainer's log-probs of them are not the stored ones.
+    """
+    began, method = time.perf_counter(), job.train.method
+    drawn: list[Row] = []
+    seen: dict[str, Observed] = {}
+    for update in step.updates:
+        units = [shards.rows(visit.items) for visit in update.visits]
+        drawn += [row for unit in units for row in unit]
+        taken, fresh = before + step.index, update is first
+        seen[update.optimizer] = _update(job, model, optimizers, step, update, units, taken, team, fresh=fresh)
+    metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
+    numbers = {row.item_id: n for o in seen.values() for row, n in zip(o.rl_rows, by_row(o, method), strict=True)}
+    return drawn, numbers, metrics
 
 
 def _update(

@@ -6,7 +6,7 @@ sampler's own log-probs are from the trainer's (`differences`, in SQL), on which
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -68,6 +68,11 @@ def run(ctx: Context, round: int, role: Role, trainer: LogProbs) -> Outcome:
             it.partition.write(_as_rows(got, constant), it.fingerprint)
             bar.advance(got.num_rows)
     return finish(it, started=started)
+
+
+def read(ctx: Context, round: int, roles: Iterable[Role]) -> dict[str, pa.Table]:
+    """The stored rows of these roles."""
+    return {role: read_parts(ctx.part("logprobs", round=round, role=role).files(), "logprobs") for role in roles}
 
 
 def _as_rows(got: pa.Table, constant: dict[str, str | int]) -> pa.Table:

@@ -64,6 +64,10 @@ class Trainer(LogProbs, Protocol):
 
     def train_round(self, job: Any) -> Any: ...
 
+    def replay_step(self, job: Any, step: int, *, draws: pa.Table, metrics: pa.Table, method: Any = None) -> Any: ...
+
+    def environment(self, policy: Any) -> dict[str, Any]: ...
+
 
 def spec(ctx: Context, round: int) -> Spec:
     """Depends on the shards' rows, the starting policy, and every number that the gradient or the schedule sees."""
@@ -92,7 +96,7 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     for route in ("rl", "sft"):
         need(ctx.run, "shards", {"round": round, "route": route}, command=f"dypo grade {ctx.run} --round {round}")
     it = spec(ctx, round)
-    shards = _shards(ctx, round)
+    shards = read_shards(ctx, round)
     folder, start = ctx.policy_of(round)
     refuse_shards(ctx, round, shards, start, empty_ok)
     if not current(it):
@@ -109,13 +113,14 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     (it.partition.folder / MANIFEST).unlink(missing_ok=True)
     it.partition.remove_temporary()
     ctx.verify_policy(folder)
-    outcomes = [logprobs.run(ctx, round, role, trainer) for role in ctx.recipe.train.method.logprob_roles]
-    if "old" in ctx.recipe.train.method.logprob_roles:
+    roles = ctx.recipe.train.method.logprob_roles
+    outcomes = [logprobs.run(ctx, round, role, trainer) for role in roles]
+    if "old" in roles:
         logprobs.refuse(ctx, round)
     trainer.assemble(ctx.recipe.train.spread, ctx.recipe.policy, True)
     with progress(f"train round {round}", ctx.recipe.train.steps, unit="steps") as bar:
-        sink = RunSink(ctx, round, it, bar)
-        end = trainer.train_round(_job(ctx, round, trainer, shards, folder, sink))
+        sink = RunSink(ctx, round, it, bar, trainer)
+        end = trainer.train_round(job(sink, folder, shards, logprobs.read(ctx, round, roles)))
     for table in ("draws", "metrics"):
         finish(sink.spec(table))
     _, policy = ctx.checkpoint(round, end.steps)
@@ -129,8 +134,9 @@ def follow(ctx: Context, round: int, trainer: Trainer) -> None:
     if not trainer.assemble(ctx.recipe.train.spread, ctx.recipe.policy, False):
         return
     folder, _ = ctx.policy_of(round)
-    bar = Progress("", 0)
-    trainer.train_round(_job(ctx, round, trainer, _shards(ctx, round), folder, RunSink(ctx, round, spec(ctx, round), bar)))
+    sink = RunSink(ctx, round, spec(ctx, round), Progress("", 0), trainer)
+    stored = logprobs.read(ctx, round, ctx.recipe.train.method.logprob_roles)
+    trainer.train_round(job(sink, folder, read_shards(ctx, round), stored))
 
 
 def _in_processes(ctx: Context, it: Spec, trainer: Trainer, started: float) -> Outcome:
@@ -144,23 +150,19 @@ def _in_processes(ctx: Context, it: Spec, trainer: Trainer, started: float) -> O
     return Outcome("train", it.partition.label, "made", "", 0, seconds=time.monotonic() - started, facts=end.facts)
 
 
-def _shards(ctx: Context, round: int) -> pa.Table:
-    return pa.concat_tables(
-        read_parts(ctx.part("shards", round=round, route=route).files(), "shards") for route in ("rl", "sft")
-    )
+def read_shards(ctx: Context, round: int) -> pa.Table:
+    """The round's shards, both routes."""
+    routes = [ctx.part("shards", round=round, route=route) for route in ("rl", "sft")]
+    return pa.concat_tables(read_parts(part.files(), "shards") for part in routes)
 
 
-def _job(ctx: Context, round: int, trainer: Trainer, shards: pa.Table, start: Path, sink: "RunSink") -> Any:
-    """The round as the trainer is told of it, from what lies in the run."""
-    recipe = ctx.recipe
-    stored = {
-        role: read_parts(ctx.part("logprobs", round=round, role=role).files(), "logprobs")
-        for role in recipe.train.method.logprob_roles
-    }
-    graded = need(ctx.run, "grades", {"round": round}, command=f"dypo grade {ctx.run}").facts["grades"]
-    return trainer.TrainJob(
+def job(sink: "RunSink", start: Path, shards: pa.Table, stored: dict[str, pa.Table]) -> Any:
+    """The trainer's job for the sink's round. stored: log-probs by role."""
+    recipe, round = sink.ctx.recipe, sink.round
+    graded = need(sink.ctx.run, "grades", {"round": round}, command=f"dypo grade {sink.ctx.run}").facts["grades"]
+    return sink.trainer.TrainJob(
         round=round, rounds=recipe.rounds, seed=recipe.seed, train=recipe.train, policy=recipe.policy, start=start,
-        shards=shards, ref=stored.get("ref"), old=stored.get("old"), graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
+        shards=shards, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink, **stored,
     )  # fmt: skip
 
 
@@ -200,7 +202,7 @@ def _make_room(ctx: Context, it: Spec, regenerate: bool) -> None:
     if lies not in (None, it.fingerprint) and not regenerate and not kept.exists():
         what = "training" if it.partition.manifest() else "unfinished training"
         raise UserError(
-            f"{it.partition.folder}: a {what} of other shards or settings lies there ({_why(it)}). Restore them to go on, or "
+            f"{it.partition.folder}: a {what} of other shards or settings lies there ({what_changed(it)}). Restore them to go on, or "
             "pass --regenerate to train the round again (the old one moves to superseded/)"
         )
     for table in ("draws", "metrics", "checkpoints"):  # checkpoints last: they decide what is found
@@ -224,7 +226,8 @@ def found(it: Spec) -> str | None:
     return None
 
 
-def _why(it: Spec) -> str:
+def what_changed(it: Spec) -> str:
+    """What the training that lies there was made from that is otherwise now."""
     for path in sorted(it.partition.folder.glob(f"step=*/{MANIFEST}")):
         return changes(it, Manifest.model_validate_json(path.read_text()))
     return "its parts carry another fingerprint"
@@ -257,6 +260,7 @@ class RunSink:
     round: int
     train: Spec
     bar: Progress
+    trainer: Trainer
     _specs: dict[str, Spec] = field(default_factory=dict)
 
     def spec(self, table: str) -> Spec:
@@ -311,7 +315,8 @@ class RunSink:
             for folder in {p.parent for p in files}:
                 fsync_folder(folder)
             parts = [describe(p, 0, str(p.relative_to(tmp))) for p in files]
-            manifest = _manifest(self.train, parts, {"policy": policy_id(tmp)}, part)
+            facts = {"policy": policy_id(tmp), "environment": self.environment()}
+            manifest = _manifest(self.train, parts, facts, part)
             publish(tmp / MANIFEST, lambda p: p.write_text(manifest.model_dump_json(indent=1) + "\n"))
             if part.folder.exists():
                 shutil.rmtree(part.folder)
@@ -324,6 +329,12 @@ class RunSink:
                 "are kept; make room, then run the same command again"
             ) from e
         return part.folder
+
+    def environment(self) -> dict[str, Any]:
+        """What the fingerprint leaves out and the last bits depend on; it holds for the steps since the checkpoint before."""
+        recipe = self.ctx.recipe
+        how = {name: getattr(recipe.train, name) for name in ("micro_batch_tokens", "gradient_checkpointing", "processes")}
+        return {**self.trainer.environment(recipe.policy), **how}
 
     def progress(self, done: int, total: int, note: str) -> None:
         self.bar.to(done, note)

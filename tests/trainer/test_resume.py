@@ -1,10 +1,8 @@
 """A round that was cut anywhere and started again ends bitwise where an undisturbed one does, with the same rows."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +31,16 @@ def assert_bitwise(a: Path, b: Path) -> None:
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
+    states = [(folder / "trainer" / "state.json").read_text() for folder in (a, b)]
+    assert states[0] == states[1]
+
+
+def assert_as_undisturbed(again: FolderSink, whole: FolderSink) -> None:
+    """Every checkpoint bitwise (weights, moments, torch's random state, cursors), every row of draws and metrics."""
+    assert again.checkpoints().keys() == whole.checkpoints().keys() == {2, 4, 6}
+    for step, folder in whole.checkpoints().items():
+        assert_bitwise(again.checkpoints()[step], folder)
+    assert rows_that_repeat(again) == rows_that_repeat(whole)
 
 
 @pytest.fixture(scope="module", params=["joint", "queue"])
@@ -44,10 +52,11 @@ def undisturbed(request: pytest.FixtureRequest, policy_folder: Path, tmp_path_fa
     return sink, train
 
 
+CALLS = {"cut": 2, "write": 6, "checkpoint": 3, "progress": 6}  # all that a round asks of its sink
+
+
 @pytest.mark.parametrize(
-    "die",
-    [("progress", 1), ("progress", 3), ("write", 3), ("write", 4), ("checkpoint", 1), ("checkpoint", 2), ("checkpoint", 3)],
-    ids=lambda die: f"{die[0]}-{die[1]}",
+    "die", [(m, n + 1) for m, times in CALLS.items() for n in range(times)], ids=lambda d: f"{d[0]}-{d[1]}"
 )
 def test_killed_anywhere_and_run_again_is_bitwise_undisturbed(
     undisturbed: tuple, die: tuple[str, int], policy_folder: Path, tmp_path: Path
@@ -58,9 +67,11 @@ def test_killed_anywhere_and_run_again_is_bitwise_undisturbed(
     again = FolderSink(tmp_path)
     end = train_round(make_job(policy_folder, again, train=train))
     assert (end.steps, end.reason) == (6, "steps")
-    assert again.checkpoints().keys() == whole.checkpoints().keys() == {2, 4, 6}
-    assert_bitwise(again.checkpoints()[6], whole.checkpoints()[6])
-    assert rows_that_repeat(again) == rows_that_repeat(whole)
+    assert_as_undisturbed(again, whole)
+
+
+def test_those_are_all_the_moments_at_which_a_round_touches_the_disk(undisturbed: tuple) -> None:
+    assert undisturbed[0].calls == CALLS
 
 
 def test_rows_past_the_checkpoint_resumed_from_are_cut(policy_folder: Path, tmp_path: Path) -> None:
@@ -121,38 +132,63 @@ def test_the_next_round_goes_on_with_the_optimizer_s_moments(policy_folder: Path
 
 
 CHILD = """
-import sys
+import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from tests.trainer.test_resume import CALLS, QUEUE
 from tests.trainer.tiny import FolderSink, make_job, make_train
 from trainer.run import train_round
-class Slow(FolderSink):
-    def progress(self, done, total, note):
-        super().progress(done, total, note)
-        print(done, flush=True)
-        if done == 4:
-            sys.stdin.read()  # until the kill comes, in the middle of the round
-train_round(make_job(Path(sys.argv[1]), Slow(Path(sys.argv[2])), train=make_train(checkpoint_every=3)))
+
+start, out = map(Path, sys.argv[1:])
+
+class Kills(FolderSink):
+    def _called(self, method):
+        self.calls[method] = self.calls.get(method, 0) + 1
+        if self.die == (method, self.calls[method]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def process(folder, train, die=None, after=None):
+    # one process that trains, killed by itself at a call or from outside after a time; whether it came to its end
+    pid = os.fork()
+    if pid == 0:
+        train_round(make_job(start, Kills(folder, die), train=train))
+        os._exit(0)
+    if after is not None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == 0
+
+for name, method in (("joint", {}), ("queue", QUEUE)):
+    train = make_train(method, prompts_per_step=3)
+    began = time.monotonic()
+    assert process(out / name / "whole", train)
+    lasts = time.monotonic() - began
+    for at, (method, times) in enumerate(CALLS.items()):
+        assert not process(out / name / method, train, die=(method, random.Random(at).randint(1, times)))
+        assert process(out / name / method, train)
+    for seed in range(2):  # killed again and again at any moment, until it comes to its end by itself
+        rng, kills = random.Random(seed), 0
+        while not process(out / name / str(seed), train, after=lasts * rng.random() if kills < 4 else None):
+            kills += 1
+        print(name, seed, kills, flush=True)
 """
 
 
-def test_kill_9_in_a_real_process_then_the_same_again_is_bitwise_undisturbed(policy_folder: Path, tmp_path: Path) -> None:
+def test_kill_9_of_real_processes_at_any_moment_then_the_same_again_is_bitwise_undisturbed(
+    policy_folder: Path, tmp_path: Path
+) -> None:
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, str(policy_folder), str(tmp_path / "killed")]
-    with subprocess.Popen(
-        command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None
-        assert any(line.strip() == "4" for line in child.stdout)
-        time.sleep(0.05)
-        child.send_signal(signal.SIGKILL)
-    assert child.returncode == -signal.SIGKILL
-    train = make_train(checkpoint_every=3)
-    killed, whole = FolderSink(tmp_path / "killed"), FolderSink(tmp_path / "whole")
-    assert killed.checkpoints().keys() == {3}
-    train_round(make_job(policy_folder, killed, train=train))
-    train_round(make_job(policy_folder, whole, train=train))
-    assert_bitwise(killed.checkpoints()[6], whole.checkpoints()[6])
-    assert rows_that_repeat(killed) == rows_that_repeat(whole)
+    command = [sys.executable, "-c", CHILD, str(policy_folder), str(tmp_path)]
+    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr
+    for schedule in ("joint", "queue"):
+        kills = [int(line.split()[2]) for line in ran.stdout.splitlines() if line.startswith(schedule)]
+        assert len(kills) == 2
+        assert sum(kills) > 0
+        whole = FolderSink(tmp_path / schedule / "whole")
+        for name in [*CALLS, *map(str, range(2))]:
+            assert_as_undisturbed(FolderSink(tmp_path / schedule / name), whole)
