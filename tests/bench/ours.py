@@ -30,7 +30,7 @@ class Ours:
         self.model = load_model(model, Policy(model=model, device="cpu", threads=1))
         self.shards = Shards(shards, None)
         self.budget = batch // case.k * case.our_slots
-        self.optimizer = build_optimizers(self.model, METHOD, Optimizer())["main"]
+        self.optimizer = build_optimizers(self.model.lm, METHOD, Optimizer())["main"]
         self.units = self._units()
 
     def gradient(self) -> float:
@@ -49,7 +49,7 @@ class Ours:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """By parameter; needs `gradient` before."""
-        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        return {name: p.grad.clone() for name, p in self.model.lm.named_parameters() if p.grad is not None}
 
     def _accumulate(self, units: list[list[Row]]) -> None:
         accumulate(self.model, units, count(units, len(units)), METHOD, micro_batch_tokens=self.budget)
