@@ -51,7 +51,11 @@ def attach(lm: nn.Module, lora: Lora, folder: Path | None) -> None:
         if key not in own or key not in stored or own[key].shape != stored[key].shape
     )
     if other or alpha != lora.alpha:
-        what = f"{len(other)} tensors are missing, too many or of another shape, first {other[0]}" if other else f"alpha {alpha}"
+        what = (
+            f"{len(other)} tensors are missing, too many or of another shape, first {other[0]}"
+            if other
+            else f"alpha {alpha}"
+        )
         raise UserError(
             f"{path}: not the adapter that train.lora describes, which has rank {lora.rank} and alpha {lora.alpha} ({what}); "
             "give the rank, alpha and target_modules that it was trained with: an adapter is for a whole run"

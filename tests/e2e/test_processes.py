@@ -60,7 +60,9 @@ def ranks(run: Path) -> dict[int, int]:
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
-                environment = dict(pair.split(b"=", 1) for pair in (process / "environ").read_bytes().split(b"\0") if b"=" in pair)
+                environment = dict(
+                    pair.split(b"=", 1) for pair in (process / "environ").read_bytes().split(b"\0") if b"=" in pair
+                )
                 mine = str(run).encode() in (process / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
@@ -69,7 +71,9 @@ def ranks(run: Path) -> dict[int, int]:
     return found
 
 
-def disturbed(run: Path, step: int, act: Callable[[subprocess.Popen, dict[int, int]], None]) -> subprocess.CompletedProcess[str]:
+def disturbed(
+    run: Path, step: int, act: Callable[[subprocess.Popen, dict[int, int]], None]
+) -> subprocess.CompletedProcess[str]:
     """The command with two ranks; `act` is called with it and its ranks at once after checkpoint `step` is there."""
     command = [sys.executable, "-m", "pipeline", *map(str, train(run))]
     process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -114,7 +118,9 @@ def assert_bitwise(run: Path, other: Path) -> None:
 
 def assert_like_one_process(run: Path, undisturbed: Path, rounds: int = 1) -> None:
     """Rows taken alike, numbers and weights alike but for rounding."""
-    mine, one = ({name: table(r, name).filter(pl.col("round") < rounds) for name in ("draws", "metrics")} for r in (run, undisturbed))
+    mine, one = (
+        {name: table(r, name).filter(pl.col("round") < rounds) for name in ("draws", "metrics")} for r in (run, undisturbed)
+    )
     for name in ("draws", "metrics"):
         assert_frame_equal(mine[name], one[name], rel_tol=1e-3, abs_tol=1e-5)  # names, ids and steps exactly
     for folder in sorted((undisturbed / "checkpoints").glob("round=*/step=*")):
@@ -140,7 +146,9 @@ def test_their_checkpoint_is_a_hugging_face_folder(two: Path) -> None:
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items() if name in stored)
 
 
-def test_a_rank_killed_and_then_ctrl_c_each_end_at_once_and_the_round_ends_bitwise_the_same(two: Path, a_graded_run: Path) -> None:
+def test_a_rank_killed_and_then_ctrl_c_each_end_at_once_and_the_round_ends_bitwise_the_same(
+    two: Path, a_graded_run: Path
+) -> None:
     killed = disturbed(a_graded_run, 2, lambda process, alive: os.kill(alive[1], signal.SIGKILL))
     assert killed.returncode == 1
     assert "rank 1 was killed by signal 9 (SIGKILL)" in one_error(killed.stderr)

@@ -95,7 +95,7 @@ def test_the_adapter_s_gradient_is_the_chain_rule_s_through_w_plus_s_b_a() -> No
         assert w.grad is None
         for found, expected in ((b.grad, SCALE * merged @ a.T), (a.grad, SCALE * b.T @ merged)):
             assert found is not None
-            assert 0 < expected.norm()
+            assert expected.norm() > 0
             assert (found - expected).norm() < 1e-10 * expected.norm(), layer
 
 
