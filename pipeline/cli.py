@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 refused before work (usage, recipe, data); 1 work began an
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,15 +47,17 @@ def main() -> None:
     """Entry point: turns errors of ours into one clear message and the promised exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
     except DypoError as e:
         if not isinstance(e, Reported):
-            print(f"error: {e}", file=sys.stderr)
+            _say(e)
         _leave(e.exit_code)
     except typer.Exit as e:
         _leave(e.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
+        if _launcher() is None:
+            print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
         _leave(130)
     except Exception as e:
         if hasattr(e, "exit_code") and hasattr(e, "format_message"):  # a usage error of the command line
@@ -62,6 +65,19 @@ def main() -> None:
             _leave(2)
         raise
     _leave(0)
+
+
+def _say(e: DypoError) -> None:
+    """On stderr; a rank says it to the process that started it, so that what all ranks found is said once."""
+    if told := _launcher():
+        Path(told).write_text(json.dumps({"message": str(e), "timestamp": int(time.time()), "exit_code": e.exit_code}))
+    else:
+        print(f"error: {e}", file=sys.stderr)
+
+
+def _launcher() -> str | None:
+    """Where a rank that trainer/launch.py started leaves what it has to say; None for any other process."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE") if "DYPO_LAUNCHER" in os.environ else None
 
 
 def _leave(code: int) -> None:
@@ -195,6 +211,8 @@ def train(
     from pipeline.store import HELD
     from trainer import api
 
+    if api.in_team():
+        api.end_with_launcher()
     if os.environ.get("RANK", "0") != "0":  # one of several processes that torchrun started: rank 0 does the writing
         ctx = load(target, set)
         return stage.follow(ctx, ctx.newest_round() if round is None else round, api)

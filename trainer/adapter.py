@@ -5,6 +5,7 @@ engines, eval and exports need to know nothing; training goes on from `adapter/`
 Left out: peft's other adapters, and adapters that are themselves a starting policy.
 """
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from schemas.recipe import Lora
 
 NAME = "default"
 FOLDER = "adapter"
+WITHIN = "base_model.model."  # where a model's own names begin in peft's files
 
 
 def attach(lm: nn.Module, lora: Lora, folder: Path | None) -> None:
@@ -26,25 +28,39 @@ def attach(lm: nn.Module, lora: Lora, folder: Path | None) -> None:
     UserError without peft, or if the checkpoint's adapter is another one.
     """
     try:
-        from peft import LoraConfig, set_peft_model_state_dict
+        from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
     except ImportError:
         raise UserError("train.lora needs peft: pip install 'dypo[lora]'") from None
     target = lora.target_modules
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=target, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
-    cast(Any, lm).add_adapter(config, adapter_name=NAME)
+    try:
+        cast(Any, lm).add_adapter(config, adapter_name=NAME)
+    except ValueError as e:  # peft's, for names that no layer has or layers that it cannot adapt
+        raise UserError(f"train.lora.target_modules = {target!r}: {e}") from None
     if folder is None:
         return
     path = folder / FOLDER / "adapter_model.safetensors"
-    stored = load_file(path)
-    found = set_peft_model_state_dict(lm, stored, adapter_name=NAME)
-    missing = [key for key in found.missing_keys if "lora_" in key]
-    if missing or found.unexpected_keys:
-        raise UserError(
-            f"{path}: not the adapter that train.lora describes ({len(missing)} tensors missing, "
-            f"{len(found.unexpected_keys)} unexpected); give the rank and target_modules that it was trained with"
+    stored = {key.removeprefix(WITHIN): value for key, value in load_file(path).items()}
+    alpha = json.loads((folder / FOLDER / "adapter_config.json").read_text())["lora_alpha"]
+    own = get_peft_model_state_dict(lm, adapter_name=NAME)
+    other = sorted(
+        key
+        for key in own.keys() | stored.keys()
+        if key not in own or key not in stored or own[key].shape != stored[key].shape
+    )
+    if other or alpha != lora.alpha:
+        what = (
+            f"{len(other)} tensors are missing, too many or of another shape, first {other[0]}"
+            if other
+            else f"alpha {alpha}"
         )
+        raise UserError(
+            f"{path}: not the adapter that train.lora describes, which has rank {lora.rank} and alpha {lora.alpha} ({what}); "
+            "give the rank, alpha and target_modules that it was trained with: an adapter is for a whole run"
+        )
+    set_peft_model_state_dict(lm, stored, adapter_name=NAME)
 
 
 def of(lm: nn.Module) -> bool:
@@ -59,7 +75,7 @@ def save(lm: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     inside = folder / FOLDER
     inside.mkdir()
     mine = get_peft_model_state_dict(lm, state_dict=weights, adapter_name=NAME)
-    save_file({key: value.contiguous() for key, value in mine.items()}, inside / "adapter_model.safetensors")
+    save_file({WITHIN + key: value.contiguous() for key, value in mine.items()}, inside / "adapter_model.safetensors")
     cast(Any, lm).peft_config[NAME].save_pretrained(str(inside))
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(cast(Any, lm).config, dtype=torch.float32)

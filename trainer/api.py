@@ -8,7 +8,7 @@ from trainer.model import load_model
 from trainer.probe import VarianceJob, probe_variance
 from trainer.replay import replay_step
 from trainer.run import train_round
-from trainer.team import assemble, in_team
+from trainer.team import assemble, end_with_launcher, in_team
 
 __all__ = [
     "RoundEnd",
@@ -16,6 +16,7 @@ __all__ = [
     "TrainJob",
     "VarianceJob",
     "assemble",
+    "end_with_launcher",
     "environment",
     "in_team",
     "launch",

@@ -1,25 +1,37 @@
 """Starts the ranks of a round on this machine with torch's own launcher (what the command `torchrun` is), and says how it ended.
 
-Several machines: run `torchrun ... -m pipeline train RUN --round R` on each; this file is then not used.
+One idea: whatever happens in the ranks, the process that started them says it, once. A rank writes what it has to say into
+the file that the launcher named to it (pipeline/cli.py); one that was killed cannot, and one that only lost another rank
+has nothing to say. Several machines: run `torchrun ... -m pipeline train RUN --round R` on each; this file is then not used.
 """
 
+import logging
 import os
+import signal
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from schemas.errors import Reported, WorkError
-from trainer.team import LEFT_ALONE
+from schemas.errors import DypoError, Reported, UserError, WorkError
+from trainer.team import LAUNCHER, LEFT_ALONE
+
+INTERRUPTED = 130
+TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # signals that torch's launcher handles
 
 
 def launch(command: list[str], processes: int, env: dict[str, str]) -> None:
-    """Runs `command` as ranks 0 .. processes - 1 and waits.
+    """Runs `command` as ranks 0 .. processes - 1 and waits; a signal to this process ends them first.
 
-    Raises Reported with a rank's exit code if it refused or failed and said why, WorkError if one was killed.
+    Raises UserError or WorkError with what a rank refused or failed with, WorkError if one was killed, KeyboardInterrupt,
+    and Reported if a rank ended with a traceback.
     """
+    threads = max(1, (os.cpu_count() or 1) // processes)  # ranks that each use all cores wait for each other
+    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), LAUNCHER: str(os.getpid()), **env}
     with tempfile.TemporaryDirectory(prefix="dypo-ranks-") as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -32,26 +44,61 @@ def launch(command: list[str], processes: int, env: dict[str, str]) -> None:
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
-        before = {key: os.environ.get(key) for key in env}
-        os.environ.update(env)
+        ended: BaseException | None = None
         try:
-            elastic_launch(config, command[0])(*command[1:])
-        except ChildFailedError as e:
-            raise _why(e) from None
-        finally:
-            for key, value in before.items():
-                os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+            with _borrowed(env):
+                elastic_launch(config, command[0])(*command[1:])
+        except (ChildFailedError, SignalException) as e:
+            ended = e
+    if isinstance(ended, ChildFailedError):
+        raise _why(ended.failures)
+    if isinstance(ended, SignalException):
+        if ended.sigval == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.raise_signal(ended.sigval)  # it ends this process as it would have without ranks
 
 
-def _why(e: ChildFailedError) -> Exception:
-    codes = {rank: failure.exitcode for rank, failure in e.failures.items()}
-    killed = {rank: code for rank, code in codes.items() if code < 0}
-    told = [code for code in codes.values() if code in (1, 2, 130)]
-    if told and not killed:
-        return Reported(min(told))
-    others = {rank: code for rank, code in codes.items() if code != LEFT_ALONE}
-    rank, code = min((killed or others or codes).items())
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+@contextmanager
+def _borrowed(env: dict[str, str]) -> Iterator[None]:
+    """This process's environment, signal handlers and log while torch's launcher has them; then as they were."""
+    before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in TAKEN}
+    disabled = logging.root.manager.disable
+    os.environ.update(env)
+    logging.disable(logging.CRITICAL)  # it tells of every signal and exit code, and so do we
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _why(failures: dict[int, ProcessFailure]) -> BaseException:
+    """failures: by rank, in the order in which they were seen. Those that only followed from another are no reason."""
+    by_others = (-signal.SIGTERM, LEFT_ALONE)
+    reasons = {rank: f for rank, f in failures.items() if f.exitcode not in by_others} or failures
+    for f in reasons.values():
+        if "exit_code" in f.error_file_data:
+            return _said(f.message, f.error_file_data["exit_code"])
+    for rank, f in reasons.items():
+        if f.exitcode < 0:
+            return _killed(rank, f"was killed by signal {-f.exitcode} ({f.signal_name()})")
+    codes = {f.exitcode for f in reasons.values()}
+    if INTERRUPTED in codes:
+        return KeyboardInterrupt()
+    if LEFT_ALONE in codes:
+        return _killed(min(reasons), "lost the others")
+    return Reported(1)
+
+
+def _said(message: str, exit_code: int) -> DypoError:
+    return UserError(message) if exit_code == UserError.exit_code else WorkError(message)
+
+
+def _killed(rank: int, how: str) -> WorkError:
     return WorkError(
         f"train: rank {rank} {how}, so the other ranks were stopped. Checkpoints are kept; the same command goes on "
         "from the newest (killed for memory? Lower train.micro_batch_tokens)"

@@ -100,13 +100,14 @@ def load_model(folder: Path, policy: Policy) -> PolicyLM:
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder (weights as safetensors)")
     if policy.threads is not None:
         torch.set_num_threads(policy.threads)
+    dtype = torch.float64 if policy.dtype == "float64" else torch.float32
     with quiet():
         loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
     lm = cast(nn.Module, loaded).to(device_of(policy)).eval()
     if policy.dtype == "float64":
-        lm.double()
+        lm.double()  # buffers too
     for module in lm.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # it would drop the pad token's gradient, and many policies pad with a token they use

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from schemas.errors import UserError, WorkError
+from schemas.errors import Reported, UserError, WorkError
 from schemas.ids import seed_from
 from trainer import adapter
 from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
@@ -26,7 +27,7 @@ from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers,
 from trainer.rows import Row, Shards
 from trainer.schedule import Cursor, Step, Update, plan_round
 from trainer.step import Observed, accumulate, merged
-from trainer.team import ALONE, Team, join
+from trainer.team import ALONE, LEFT_ALONE, Team, join
 
 
 def train_round(job: TrainJob) -> RoundEnd:
@@ -223,5 +224,10 @@ def _publish(job: TrainJob, model: PolicyLM, optimizers: Optimizers, state: Trai
         save_checkpoint(folder, model, optimizers, state, start=job.start, team=team)
         team.wait()
 
-    job.sink.checkpoint(state.steps, write) if team.leads else write(None)
+    try:
+        job.sink.checkpoint(state.steps, write) if team.leads else write(None)
+    except (OSError, SafetensorError):
+        if team.leads:
+            raise
+        raise Reported(LEFT_ALONE) from None  # every rank is told of a share that could not be written; the leader says it
     team.wait()

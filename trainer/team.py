@@ -12,6 +12,8 @@ are those of the whole update already. Left out: which rows a rank takes (batch.
 
 import atexit
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from trainer.batch import Batch
 from trainer.model import PolicyLM, device_of, layers_of
 
 LEFT_ALONE = 75  # exit code of a rank that ended because another one did
+LAUNCHER = "DYPO_LAUNCHER"  # the process that started the ranks, by pid
 LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe", "Socket closed")
 PATIENCE = timedelta(hours=12)  # how long ranks wait for the leader, which computes reference log-probs alone
 
@@ -104,6 +107,18 @@ ALONE = Team()
 def in_team() -> bool:
     """Whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def end_with_launcher() -> None:
+    """From now on this rank ends when the process that started it does, even by kill -9: it works under that one's lock."""
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        os._exit(LEFT_ALONE)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def assemble(spread: str, policy: Policy, go: bool) -> bool:

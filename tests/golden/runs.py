@@ -37,17 +37,23 @@ Steps = list[dict[str, float]]
 
 def golden_run(method: str, folder: Path) -> Steps:
     """Losses by component and gradient norms of every step."""
-    shards, ref = inputs()
-    train = Train.model_validate(SETTINGS | {"method": {"type": "dypo"} | METHODS[method], "optimizer": OPTIMIZER})
-    graded = {"easy": 3, "mid": len(set(ref_prompts(shards))), "hard": 0}
-    graded["hard"] = len(set(shards["prompt_id"].to_pylist())) - graded["mid"]
     sink = FolderSink(folder)
-    train_round(TrainJob(0, 1, 7, train, POLICY, BASE, shards, ref, graded, sink))
-    steps: Steps = [{} for _ in range(train.steps)]
+    job = golden_job(method, sink)
+    train_round(job)
+    steps: Steps = [{} for _ in range(job.train.steps)]
     for row in sink.rows("metrics"):
         if row["name"].startswith(("loss/", "grad_norm")):
             steps[row["step"]][row["name"]] = row["value"]
     return steps
+
+
+def golden_job(method: str, sink: FolderSink, *, policy: Policy = POLICY, **more: object) -> TrainJob:
+    """more: train settings other than those of the golden runs."""
+    shards, ref = inputs()
+    train = Train.model_validate(SETTINGS | {"method": {"type": "dypo"} | METHODS[method], "optimizer": OPTIMIZER} | more)
+    graded = {"easy": 3, "mid": len(set(ref_prompts(shards))), "hard": 0}
+    graded["hard"] = len(set(shards["prompt_id"].to_pylist())) - graded["mid"]
+    return TrainJob(0, 1, 7, train, policy, BASE, shards, ref, graded, sink)
 
 
 def ref_prompts(shards: pa.Table) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from schemas.recipe import Policy
 from tests.trainer.tiny import FolderSink, Killed, make_job, make_train, stored_tensors
 from trainer.checkpoint import load_state
 from trainer.run import train_round
@@ -67,6 +68,17 @@ def test_killed_anywhere_and_run_again_is_bitwise_undisturbed(
     again = FolderSink(tmp_path)
     end = train_round(make_job(policy_folder, again, train=train))
     assert (end.steps, end.reason) == (6, "steps")
+    assert_as_undisturbed(again, whole)
+
+
+def test_in_float64_too_though_models_are_loaded_in_float32_elsewhere(policy_folder: Path, tmp_path: Path) -> None:
+    policy = Policy(model=policy_folder, device="cpu", dtype="float64")
+    whole, again = FolderSink(tmp_path / "whole"), FolderSink(tmp_path / "cut")
+    train_round(make_job(policy_folder, whole, policy=policy))
+    with pytest.raises(Killed):
+        train_round(make_job(policy_folder, FolderSink(tmp_path / "cut", die=("write", 3)), policy=policy))
+    train_round(make_job(policy_folder, again, policy=policy))
+    assert load_file(again.checkpoints()[6] / "model.safetensors")["model.norm.weight"].dtype == torch.float64
     assert_as_undisturbed(again, whole)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.golden.runs import BASE
 from tests.tiny_runs import ROOT
 from tests.trainer.team_worker import main as worker  # noqa: F401  its module is what torchrun starts
 
@@ -53,7 +54,8 @@ def test_one_two_and_three_processes_train_to_the_same_weights(policy_folder: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_sixty_steps_in_float64_agree_within_1e_8(policy_folder: Path, tmp_path: Path) -> None:
-    names = ["ddp-float64-60", "fsdp-float64-60"]
+    """The tiny Llama, and the embedded policy on the golden runs' rows; and each really trains."""
+    names = ["ddp-float64-60", "fsdp-float64-60", "ddp-float64-60+golden", "fsdp-float64-60+golden"]
     for world in (1, 2, 3):
         run(world, tmp_path / str(world), policy_folder, *names)
     for name in names:
@@ -61,6 +63,9 @@ def test_sixty_steps_in_float64_agree_within_1e_8(policy_folder: Path, tmp_path:
         differences = [(one - weights(tmp_path / str(world) / name, 60)).abs().max().item() for world in (2, 3)]
         print(name, differences)
         assert max(differences) < 1e-8, name
+        start = BASE if "golden" in name else policy_folder
+        begun = torch.cat([t.flatten() for _, t in sorted(load_file(start / "model.safetensors").items())])
+        assert (one - begun).abs().max() > 1e-3, name
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

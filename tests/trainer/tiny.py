@@ -57,11 +57,16 @@ class ExactLM(torch.nn.Module):
 
 
 def exact_llama() -> LlamaForCausalLM:
-    """tiny_llama in float64 throughout: norms that do not go through float32."""
-    model = tiny_llama().double()
+    """tiny_llama in float64 throughout."""
+    return exact_norms(tiny_llama().double())
+
+
+def exact_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A float64 Llama with norms that do not go through float32, in place."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "LlamaRMSNorm":
             norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight.data.copy_(module.weight)
             model.set_submodule(name, norm)
     return model
 
