@@ -46,7 +46,8 @@ def main() -> None:
     """Entry point: turns errors of ours into one clear message and the promised exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # typer turns Ctrl-C into this return value
+            raise KeyboardInterrupt
     except DypoError as e:
         if not isinstance(e, Reported):
             print(f"error: {e}", file=sys.stderr)
