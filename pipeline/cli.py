@@ -47,7 +47,7 @@ def main() -> None:
     """Entry point: turns errors of ours into one clear message and the promised exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        if app(standalone_mode=False) == 130:  # what typer makes of a KeyboardInterrupt
+        if app(standalone_mode=False) == 130:  # typer turns Ctrl-C into this return value
             raise KeyboardInterrupt
     except DypoError as e:
         if not isinstance(e, Reported):

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.context import Context
+from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome
 from pipeline.stages import evaluate, generate, grade, ingest, score, train
+from schemas.scorers import UserScorer
 
 
 def score_round(ctx: Context, round: int) -> list[Outcome]:
@@ -24,6 +26,7 @@ def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Ca
 
 def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:
     """All stages, all rounds; what is there already under the same fingerprint is passed over."""
+    _refuse_early(ctx)
     yield ingest.run(ctx)
     yield from generate.teachers(ctx, regenerate=regenerate)
     if ctx.recipe.eval.suites:
@@ -33,6 +36,16 @@ def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: 
         yield from train.run(ctx, round, trainer, regenerate=regenerate, empty_ok=True)
         if due_for_eval(ctx, round):
             yield from evaluate.run(ctx, round, final_step(ctx, round), regenerate=regenerate, reference=reference)
+
+
+def _refuse_early(ctx: Context) -> None:
+    """UserError for files of the recipe that only a late stage reads: a run must not pay for teachers and rollouts first."""
+    _ = ctx.base_policy
+    for verifier in ctx.recipe.score.verifiers.values():
+        if isinstance(verifier, UserScorer):
+            source_hash(verifier)
+    grade.query_text(ctx.recipe.grade.query, "grade")
+    grade.query_text(ctx.recipe.train.method.query, f"route_{ctx.recipe.train.method.type}")
 
 
 def due_for_eval(ctx: Context, round: int) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
+HELP = "Read-only. End a query with ;   .tables lists the views   .quit leaves   Ctrl-C drops a query"
+TABLES = "select view_name as name from duckdb_views() where not internal union select table_name from duckdb_tables() order by all"
 
-def query(con: "duckdb.DuckDBPyConnection", text: str, timeout_s: float | None = None) -> "pa.Table":
+
+def query(con: "duckdb.DuckDBPyConnection", text: str) -> "pa.Table":
     """The result of exactly one SELECT. UserError for anything else (COPY, ATTACH, SET, several statements) and bad SQL."""
     import duckdb
 
@@ -28,16 +31,15 @@ def query(con: "duckdb.DuckDBPyConnection", text: str, timeout_s: float | None =
         raise UserError(
             f"sql: one SELECT is allowed (describe, show and summarize count as one), found {kinds}. The run is read-only"
         )
-    timer = threading.Timer(timeout_s, con.interrupt) if timeout_s else None
-    try:
-        if timer:
-            timer.start()
-        return ask(con, text)
-    except duckdb.Error as e:
-        raise UserError(f"sql: {e}") from None
-    finally:
-        if timer:
-            timer.cancel()
+    with ThreadPoolExecutor(1) as pool:  # beside this thread, which stays free to take a Ctrl-C
+        running = pool.submit(ask, con, text)
+        try:
+            return running.result()
+        except KeyboardInterrupt:
+            con.interrupt()
+            raise
+        except duckdb.Error as e:
+            raise UserError(f"sql: {e}") from None
 
 
 def show(table: "pa.Table", as_json: bool, limit: int = 200) -> None:
@@ -70,30 +72,42 @@ def _cell(value: Any) -> str:
 
 
 def interactive(run: Path, as_json: bool) -> None:
-    """Reads statements that end with `;` until end of input or `.quit`. `.tables` lists the views."""
+    """Reads statements that end with `;` until end of input or `.quit`. `.tables` lists the views.
+
+    On a terminal a mistake is told and Ctrl-C drops what was typed, or stops the query; from a pipe a mistake ends it.
+    """
     con = connect(run)
+    terminal = sys.stdin.isatty()
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
-    if sys.stdin.isatty():
-        print("Read-only. End a query with ;   .tables lists the views   .quit leaves")
+    if terminal:
+        print(HELP)
     buffer = ""
     while True:
         try:
-            line = input("dypo> " if not buffer else "  ... ") if sys.stdin.isatty() else input()
+            line = input(("  ... " if buffer else "dypo> ") if terminal else "")
+            word = "" if buffer else line.strip().removesuffix(";")
+            if word in (".quit", ".exit", "quit", "exit"):
+                break
+            if word == ".tables":
+                line = f"{TABLES};"
+            elif word.startswith("."):
+                print(HELP)
+                continue
+            buffer = f"{buffer}{line}\n" if (buffer + line).strip() else ""
+            if buffer.rstrip().endswith(";"):
+                text, buffer = buffer, ""
+                show(query(con, text), as_json)
         except EOFError:
             break
-        if not buffer and line.strip() in (".quit", ".exit", "quit", "exit"):
-            break
-        if not buffer and line.strip() == ".tables":
-            line = "select view_name as name from duckdb_views() where not internal union select table_name from duckdb_tables() order by all;"
-        buffer += line + "\n"
-        if not buffer.strip():
-            buffer = ""
-        elif buffer.rstrip().endswith(";"):
-            try:
-                show(query(con, buffer), as_json)
-            except UserError as e:
-                print(e, file=sys.stderr)
+        except UserError as e:
+            if not terminal:
+                raise
+            print(e, file=sys.stderr)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print()
             buffer = ""
     if buffer.strip():
         show(query(con, buffer), as_json)

@@ -139,6 +139,16 @@ def restore(spec: Spec) -> None:
         move(kept, part.folder)
 
 
+def put_back(spec: Spec, before: str | None) -> None:
+    """Undoes a `begin` after which no row was written: what it moved away (fingerprint `before`) comes back."""
+    part = spec.partition
+    if before not in (None, spec.fingerprint) and not parts_of(spec):
+        part.remove_temporary()
+        if part.folder.exists():
+            part.folder.rmdir()
+        move(superseded(spec.stage, part, before), part.folder)
+
+
 def set_aside(spec: Spec) -> None:
     """Moves a partition of this very fingerprint away for good: its rows are not to be found again."""
     part = spec.partition

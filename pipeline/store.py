@@ -248,7 +248,12 @@ def open_views(run: Path) -> "duckdb.DuckDBPyConnection":
 
 def ask(con: "duckdb.DuckDBPyConnection", text: str, **parameters: object) -> pa.Table:
     """The whole result of one query as Arrow."""
-    return con.sql(text, params=parameters or None).to_arrow_table()
+    try:
+        return con.sql(text, params=parameters or None).to_arrow_table()
+    except RuntimeError as e:
+        if "interrupted" in str(e).lower():  # what DuckDB makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _view(con: "duckdb.DuckDBPyConnection", name: str, files: list[Path], columns: str) -> None:

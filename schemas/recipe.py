@@ -410,7 +410,7 @@ class Suite(Model):
     out_of_distribution: bool = False
     limit: int | None = Field(default=None, ge=1)
     n: int = Field(default=4, ge=1, description="samples a problem: avg@n")
-    pass_k: list[int] = [1]
+    pass_k: list[Annotated[int, Field(ge=1)]] = [1]
 
 
 class Eval(Model):

@@ -89,6 +89,7 @@ class HFSampler:
     def _model(self) -> Any:
         if self._loaded is None:
             import torch
+            from safetensors import SafetensorError
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
 
@@ -98,13 +99,19 @@ class HFSampler:
             device = self.policy.device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(self.folder),
-                dtype=getattr(torch, self.policy.dtype),
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+            try:
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    str(self.folder),
+                    dtype=getattr(torch, self.policy.dtype),
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
+            except (OSError, ValueError, SafetensorError) as e:
+                raise UserError(
+                    f"{self.folder}: expected a causal language model that transformers can load, found one that it cannot: "
+                    f"{' '.join(str(e).split())}. Was the download or the save complete?"
+                ) from None
             self._loaded = model.eval().to(device)
         return self._loaded
 

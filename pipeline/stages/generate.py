@@ -15,9 +15,22 @@ import pyarrow as pa
 from pipeline.context import Context
 from pipeline.engines.base import Ask, Engine, Failure, Sample, Sampling
 from pipeline.progress import progress
-from pipeline.stage import Outcome, Spec, begin, current, finish, finished, need, nothing, parts_of, restore
+from pipeline.stage import (
+    Outcome,
+    Spec,
+    begin,
+    current,
+    finish,
+    finished,
+    found_fingerprint,
+    need,
+    nothing,
+    parts_of,
+    put_back,
+    restore,
+)
 from pipeline.store import Partition, read_parts
-from schemas.errors import UserError, WorkError
+from schemas.errors import DypoError, UserError, WorkError
 from schemas.ids import row_id, seed_from
 from schemas.recipe import Teacher
 from schemas.tables import ARROW
@@ -200,7 +213,25 @@ def _generate(
     if current(it) and not it.partition.loose(it.fingerprint) and finished(it, ("prompt_id", "sample")) >= set(wanted):
         return nothing(it)
     engine = make_engine()  # a bad setting of the engine is told before anything is moved
+    before = found_fingerprint(it.partition)
     begin(it, regenerate=regenerate)
+    try:
+        return _fill(it, work, wanted, engine, row, max_failed, started)
+    except DypoError:
+        put_back(it, before)
+        raise
+
+
+def _fill(
+    it: Spec,
+    work: list[Ask],
+    wanted: list[tuple[str, int]],
+    engine: Engine,
+    row: Callable[[Sample], dict[str, Any]],
+    max_failed: float,
+    started: float,
+) -> Outcome:
+    """What is missing of `wanted`, from the engine; then the manifest."""
     done = frozenset(finished(it, ("prompt_id", "sample")))
     left = sum(w not in done for w in wanted)
     failures: list[Failure] = []

@@ -29,6 +29,7 @@ FITTING = pa.schema(
         ("n_tokens", pa.int64()), ("finish_reason", S), ("reward", pa.float64()),
     ]
 )  # fmt: skip
+MADE_BY = {"prompts": "ingest", "rollouts": "generate", "traces": "generate teachers", "scores": "score"}
 
 
 def query_text(own: Path | None, built_in: str) -> str:
@@ -56,7 +57,7 @@ def grade_spec(ctx: Context, round: int) -> Spec:
         part = ctx.part(table, **keys)
         manifest = part.manifest()
         if manifest is None:
-            raise UserError(f"{part.folder}: not there or not finished. Run `dypo score {ctx.run} --round {round}` first")
+            raise UserError(f"{part.folder}: not there or not finished. Run `dypo {MADE_BY[table]} {ctx.run}` first")
         parents[part.label] = manifest.identity
     return Spec("grade", ctx.part("grades", round=round), config, parents, 0)
 
@@ -87,7 +88,12 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
 def run(ctx: Context, round: int) -> list[Outcome]:
     """Grades one round and routes it."""
     for table, keys in _inputs(ctx, round):
-        need(ctx.run, table, keys, command=f"dypo score {ctx.run} --round {round}")
+        need(
+            ctx.run,
+            table,
+            keys,
+            command=f"dypo {MADE_BY[table]} {ctx.run}" + (f" --round {round}" if "round" in keys else ""),
+        )
     it = grade_spec(ctx, round)
     restore(it)
     if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):

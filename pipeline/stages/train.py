@@ -176,9 +176,10 @@ def refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_
         )
     others = set(shards.column("policy").unique().to_pylist()) - {start}
     if others:
+        why = "the round before was trained again" if round else "policy.model is another one now"
         raise UserError(
             f"{ctx.run}/shards/round={round}: its rollouts are of policy {min(others)[:12]}, but the round begins with "
-            f"{start[:12]} (the round before was trained again). Run `dypo refresh {ctx.run} --round {round} --regenerate` first"
+            f"{start[:12]} ({why}). Run `dypo refresh {ctx.run} --round {round} --regenerate` first"
         )
 
 

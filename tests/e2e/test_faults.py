@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,47 @@ def test_a_missing_model_folder_is_refused_before_anything_is_generated(tmp_path
     dypo("ingest", path)
     told = refused("generate", "rollouts", path)
     assert "no/such/policy" in told
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("policy.model='no/such/policy'", "no/such/policy: expected a Hugging Face model folder"),
+        ("score.verifiers.sum={type='user', function='no/such.py:f'}", "no/such.py:f: cannot read the file"),
+        ("grade.query='no/such.sql'", "no/such.sql: no such query file"),
+        ("train.method.query='no/such.sql'", "no/such.sql: no such query file"),
+    ],
+)
+def test_a_run_whose_late_stages_cannot_work_pays_for_no_teacher(setting: str, told: str, tmp_path: Path) -> None:
+    assert told in refused("run", write_recipe(tmp_path), "--set", setting)
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == []
+
+
+def test_weights_that_do_not_load_leave_the_rows_that_were_to_be_made_again(a_copy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "broken_policy"
+    shutil.copytree(ROOT / "data" / "tiny_policy", other)
+    (other / "model.safetensors").write_bytes(b"{}")
+    before = (a_copy / "rollouts/round=0/manifest.json").read_bytes()
+    told = refused("generate", "rollouts", a_copy, "--round", 0, "--regenerate", "--set", f"policy.model={other}")
+    assert f"{other}: expected a causal language model that transformers can load" in told
+    assert (a_copy / "rollouts/round=0/manifest.json").read_bytes() == before
+    assert "nothing to do" in dypo("generate", "rollouts", a_copy, "--round", 0).stdout
+
+
+def test_ctrl_c_ends_a_stage_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()  # prompts are made; teachers and evals are not
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in told
+    assert "Traceback" not in told
+    assert "nothing to do" in dypo("ingest", path).stdout
 
 
 def test_a_prompt_without_an_answer_is_refused_by_file_and_row(tmp_path: Path) -> None:

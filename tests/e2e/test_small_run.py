@@ -195,20 +195,6 @@ def test_sql_takes_one_select_and_nothing_else(undisturbed: Path, text: str) -> 
     assert got.stderr.startswith("error: sql:")
 
 
-def test_the_interactive_prompt_reads_from_a_pipe(undisturbed: Path) -> None:
-    import subprocess
-    import sys
-
-    got = subprocess.run(
-        [sys.executable, "-m", "pipeline", "sql", str(undisturbed)],
-        input=".tables\nselect count(*) as n\nfrom prompts;\nbad;\n.quit\n", capture_output=True, text=True,
-    )  # fmt: skip
-    assert got.returncode == 0
-    assert "rollouts" in got.stdout
-    assert "72" in got.stdout
-    assert "sql:" in got.stderr
-
-
 def test_explain_tells_why_a_prompt_was_trained_on(undisturbed: Path) -> None:
     prompt = table(undisturbed, "draws")["prompt_id"][0]
     found = json.loads(dypo("explain", undisturbed, prompt[:12], "--json").stdout)

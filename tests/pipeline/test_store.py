@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.stage import Spec, begin, finish, finished, make_table, superseded
+from pipeline.stage import Spec, begin, current, finish, finished, make_table, put_back, superseded
 from pipeline.store import MANIFEST, connect, lock, part_fingerprint, partition, partitions, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.tables import ARROW
@@ -84,6 +84,19 @@ def test_expensive_rows_are_not_made_again_without_the_users_word(tmp_path: Path
     assert other.partition.manifest() is not None
     begin(other, regenerate=True)
     assert other.partition.manifest() is None
+
+
+def test_what_was_moved_for_rows_that_never_came_is_put_back(tmp_path: Path) -> None:
+    old, new = spec(tmp_path, lr=1), spec(tmp_path, lr=2)
+    make_table(old, metric_rows([0, 1, 2]))
+    begin(new)
+    put_back(new, old.fingerprint)
+    assert current(old)
+    begin(new)
+    new.partition.write(metric_rows([0]), new.fingerprint)
+    put_back(new, old.fingerprint)  # a row came: it stays, and so do the old ones in superseded/
+    assert finished(new, ("step",)) == {(0,)}
+    assert superseded("train", old.partition, old.fingerprint).exists()
 
 
 def test_a_doubled_key_is_never_published(tmp_path: Path) -> None:

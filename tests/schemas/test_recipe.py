@@ -40,6 +40,7 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
             "verifier 'sun' is not among score.verifiers (sum)",
         ),
         ('sources = ["fresh"]', 'sources = ["stale"]', "no source is named 'stale'"),
+        ("pass_k = [1, 2]", "pass_k = [0]", "eval.suites.0.pass_k.0: Input should be greater than or equal to 1 (found 0)"),
         ("pass_k = [1, 2]", "pass_k = [1, 4]", "pass@4 needs n >= that, found n = 2"),
         ("[train]", "[grade]\nhard_max_successes = 2\neasy_max_failures = 2\n[train]", "must be below rollouts.k = 4"),
         (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port/v1"),
