@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from trainer.batch import Block
 
 NAME = "dypo_packed"
-WHOLE_BLOCK = 192  # slots up to which a block is one dense attention: below it, calls cost more than what masks waste
+WHOLE_BLOCK = 256  # slots up to which a block is one dense attention: below it, calls cost more than what masks waste
 
 
 def packed_attention(
