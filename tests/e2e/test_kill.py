@@ -4,10 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from schemas.tables import TABLES
 from tests.tiny_runs import dypo, kill_when, table
 
+MOMENTS = "shard-00001-model-00001-of-00001.safetensors"
 STAGES = {  # stage: (command, partitions to take away first, table to watch, parts of it to wait for)
     "teachers": (["generate", "teachers"], ["traces"], "traces", 1),
     "rollouts": (["generate", "rollouts", "--round", 0], ["rollouts/round=0"], "rollouts/round=0", 2),
@@ -31,12 +34,11 @@ def test_a_killed_stage_ends_in_the_same_rows(stage: str, undisturbed: Path, a_c
     for name in TABLES:
         assert table(a_copy, name).equals(table(undisturbed, name)), name
     if stage == "train":
-        for file in (
-            "model.safetensors",
-            "trainer/tensors/shard-00001-model-00001-of-00001.safetensors",
-            "trainer/state.json",
-        ):
-            for step in (2, 4, 6):
-                path = Path("checkpoints/round=1") / f"step={step}" / file
-                assert (a_copy / path).read_bytes() == (undisturbed / path).read_bytes(), path
+        for step in (2, 4, 6):
+            mine, theirs = (run / "checkpoints/round=1" / f"step={step}" for run in (a_copy, undisturbed))
+            for file in ("model.safetensors", "trainer/state.json"):
+                assert (mine / file).read_bytes() == (theirs / file).read_bytes(), (step, file)
+            moments = [load_file(folder / "trainer/tensors" / MOMENTS) for folder in (mine, theirs)]  # a header in any order
+            assert moments[0].keys() == moments[1].keys()
+            assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0]), step
     assert not list(a_copy.rglob(".*.tmp"))
