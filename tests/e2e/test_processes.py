@@ -200,6 +200,7 @@ def test_a_full_disk_under_one_rank_ends_them_all_with_one_error(whose: str, two
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ranks_do_not_outlive_a_killed_command(two: Path, a_graded_run: Path) -> None:
     """kill -9 leaves nobody to end them, and the run's lock was the command's; SIGTERM ends all of them at once."""
     killed = disturbed(a_graded_run, 2, lambda process, alive: process.kill())
@@ -228,6 +229,7 @@ def test_ranks_that_the_user_starts_with_torchrun_train_and_find_nothing_to_do_t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_whole_run_with_two_ranks_and_ddp_is_like_that_of_one(undisturbed: Path, a_graded_run: Path) -> None:
     dypo("run", a_graded_run, *TWO, "--set", "train.spread=ddp", env=ENV)
     assert_like_one_process(a_graded_run, undisturbed)  # what round 1 samples hangs on the last bits of round 0
