@@ -273,7 +273,7 @@ def eval(
 # ---------------------------------------------------------------- looking
 @app.command()
 def plan(target: Target, set: Set = None, as_json: Json = False) -> None:
-    """What would run and why, with rows, tokens, disk and time. Runs nothing, writes nothing."""
+    """What would run and why, with rows, tokens, disk and time; a step's sizes and memory. Runs nothing, writes nothing."""
     from pipeline.context import load
 
     _show_plan(load(target, set), as_json, existing=False)
@@ -462,6 +462,8 @@ def _show_plan(ctx: "Context", as_json: bool, existing: bool) -> None:
     if as_json:
         for p in rows:
             print(json.dumps(vars(p)))
+        if not existing:
+            _show_sizes(ctx, as_json)
         return
     from rich.console import Console
     from rich.markup import escape
@@ -486,16 +488,26 @@ def _show_plan(ctx: "Context", as_json: bool, existing: bool) -> None:
     left = [p for p in rows if p.state != "done"]
     if not existing:
         print(f"{len(left)} of {len(rows)} partitions would be made")
-        print(_sizes(ctx))
+        _show_sizes(ctx, as_json)
     elif not left:
         print("up to date")
 
 
-def _sizes(ctx: "Context") -> str:
-    """The derived sizes of one optimizer step, so that nobody has to multiply."""
-    r = ctx.recipe
-    most = r.train.prompts_per_step * r.rollouts.k
-    return (
-        f"a step: {r.train.prompts_per_step} gated prompts, at most {most} sequences; a round: {r.train.steps} steps; "
-        f"the run: {r.rounds * r.train.steps} updates, learning rate {r.train.method.lr:g}, k {r.rollouts.k}"
-    )
+def _show_sizes(ctx: "Context", as_json: bool) -> None:
+    """The derived sizes of an optimizer step and the memory that training takes, so that nobody has to multiply."""
+    from pipeline.sizes import in_words, sizes
+
+    found = sizes(ctx)
+    if as_json:
+        return print(json.dumps(found.as_json()))
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    for title, lines in zip(("an optimizer step", "memory of a training process"), in_words(found, ctx.recipe), strict=True):
+        t = Table(box=None, pad_edge=False, show_header=False, title=f"\n{title}", title_justify="left", title_style="bold")
+        for justify in ("left", "right", "left"):
+            t.add_column(justify=justify, overflow="fold")
+        for line in lines:
+            t.add_row(*map(escape, line))
+        (Console() if sys.stdout.isatty() else Console(width=200)).print(t)

@@ -28,7 +28,9 @@ def test_schemas_load_neither_torch_nor_duckdb() -> None:
 
 
 def test_the_stages_load_no_torch_until_they_need_it() -> None:
-    assert not loaded("import pipeline.flow, pipeline.plan, pipeline.store, pipeline.engines.hf, pipeline.report") & {
+    assert not loaded(
+        "import pipeline.flow, pipeline.plan, pipeline.sizes, pipeline.store, pipeline.engines.hf, pipeline.report"
+    ) & {
         "torch",
         "vllm",
     }

@@ -17,7 +17,7 @@ def outcomes(*args: object) -> list[dict]:
 
 
 def states(run: Path, *args: object) -> dict[str, str]:
-    rows = [json.loads(line) for line in dypo("plan", run, *args, "--json").stdout.splitlines()]
+    *rows, _sizes = [json.loads(line) for line in dypo("plan", run, *args, "--json").stdout.splitlines()]
     return {r["partition"]: r["state"] for r in rows}
 
 

@@ -204,7 +204,8 @@ def test_explain_tells_why_a_prompt_was_trained_on(undisturbed: Path) -> None:
 
 def test_plan_on_a_fresh_recipe_runs_nothing(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
-    rows = [json.loads(line) for line in dypo("plan", path, "--json").stdout.splitlines()]
+    *rows, sizes = [json.loads(line) for line in dypo("plan", path, "--json").stdout.splitlines()]
+    assert (sizes["kind"], sizes["slots"]["step_most"], sizes["parameters"]) == ("sizes", 6 * 4 * 63, 108_032)
     states = {r["partition"]: r["state"] for r in rows}
     assert states["prompts"] == "due"
     assert states["rollouts/round=1"] == "waits"
