@@ -13,7 +13,7 @@ VOCABULARY, ATTENTION, LINEAR, REST = "vocabulary head, log-softmax, embedding",
 
 def breakdown(ours: Ours) -> tuple[dict[str, float], dict[str, float]]:
     """(seconds of the operators themselves by bin, the same of the ten costliest operators of the bin `rest`)."""
-    vocabulary = ours.model.config.vocab_size
+    vocabulary = ours.model.lm.config.vocab_size
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         ours.gradient()
     bins = dict.fromkeys((LINEAR, ATTENTION, VOCABULARY, REST), 0.0)
