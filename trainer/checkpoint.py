@@ -141,7 +141,7 @@ def load_tensors(folder: Path, model: PolicyLM, optimizers: Optimizers, *, rng: 
         for name, parameter in model.lm.named_parameters():
             if f"{which}/{name}/step" in stored and parameter.requires_grad:
                 optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=parameter.device),  # the fused kernel wants it there
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
