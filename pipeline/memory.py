@@ -20,7 +20,7 @@ from schemas.errors import UserError
 from schemas.recipe import Lora, Recipe
 
 TILE_BYTES = 32 << 20  # trainer.vocabulary.TILE_BYTES
-WHOLE_BLOCK = 192  # trainer.attention.WHOLE_BLOCK
+WHOLE_BLOCK = 256  # trainer.attention.WHOLE_BLOCK
 WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 

@@ -114,11 +114,14 @@ class VerdictPool:
 
     def _start(self) -> None:
         self._context = CleanForkContext(_modules(self.verifiers))
-        self._pool = ProcessPool(
-            max_workers=self.workers,
+        self._pool = self._workers(self.workers, self.verifiers, self.memory_mb)
+
+    def _workers(self, count: int, verifiers: dict[str, ScorerConfig], memory_mb: int | None) -> ProcessPool:
+        return ProcessPool(
+            max_workers=count,
             max_tasks=TASKS_PER_WORKER,
             initializer=_begin_worker,
-            initargs=(self.verifiers, self.memory_mb),
+            initargs=(verifiers, memory_mb),
             context=self._context,
         )
 
@@ -134,8 +137,16 @@ class VerdictPool:
     def _check_workers(self) -> None:
         assert self._pool is not None
         users = [each.function for each in self.verifiers.values() if isinstance(each, UserScorer)]
+        pool = self._pool
+        if (
+            users
+        ):  # a file that ends its process is imported in a task first: who dies in the initializer is started for ever
+            known: dict[str, ScorerConfig] = {
+                name: each for name, each in self.verifiers.items() if not isinstance(each, UserScorer)
+            }
+            pool = self._workers(1, known, None)
         try:
-            problems = self._pool.schedule(_load_problems).result(timeout=START_S)
+            problems = pool.schedule(_load_problems, args=[self.verifiers]).result(timeout=START_S)
         except (TimeoutError, ProcessExpired, BrokenProcessPool, RuntimeError) as reason:
             what = f"took longer than {START_S:g} s" if isinstance(reason, TimeoutError) else "ended the process"
             if users:
@@ -143,6 +154,10 @@ class VerdictPool:
             raise WorkError(
                 f"starting a scoring worker {what}; if memory is short, raise memory_mb (now {self.memory_mb})"
             ) from reason
+        finally:
+            if pool is not self._pool:
+                pool.stop()
+                pool.join()
         if problems:
             raise UserError("\n".join(problems))
 
@@ -337,9 +352,9 @@ def _mapped_bytes() -> int:
         return 2**30  # no /proc: a generous guess at a fresh worker
 
 
-def _load_problems() -> list[str]:
+def _load_problems(verifiers: dict[str, ScorerConfig]) -> list[str]:
     problems = []
-    for config in _verifiers.values():
+    for config in verifiers.values():
         if isinstance(config, UserScorer):
             try:
                 user.load(config)

@@ -162,7 +162,8 @@ def job(sink: "RunSink", start: Path, shards: pa.Table, stored: dict[str, pa.Tab
     graded = need(sink.ctx.run, "grades", {"round": round}, command=f"dypo grade {sink.ctx.run}").facts["grades"]
     return sink.trainer.TrainJob(
         round=round, rounds=recipe.rounds, seed=recipe.seed, train=recipe.train, policy=recipe.policy, start=start,
-        shards=shards, graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink, **stored,
+        shards=shards, ref=stored.get("ref"), old=stored.get("old"),
+        graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
     )  # fmt: skip
 
 

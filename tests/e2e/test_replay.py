@@ -149,7 +149,7 @@ def test_a_changed_loss_that_reads_log_probs_which_are_not_stored_is_refused_and
     for name in ("checkpoints", "draws", "metrics", "logprobs"):
         shutil.rmtree(a_copy / name / "round=1")
     dypo("train", a_copy, "--round", 1, "--set", "train.method.gal.ref=none")
-    with pytest.raises(UserError, match="reads the base policy's log-probs of the rows, and the run has none stored"):
+    with pytest.raises(UserError, match="reads log-probs of role ref, and the run has none stored"):
         replay(a_copy, 1, "train.method.gal.ref=init", round=1)
     got = replay(a_copy, 1, "train.method.gal.ref=old", round=1)
     assert got["bitwise"]
