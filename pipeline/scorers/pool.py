@@ -117,6 +117,7 @@ class VerdictPool:
         self._pool = self._workers(self.workers, self.verifiers, self.memory_mb)
 
     def _workers(self, count: int, verifiers: dict[str, ScorerConfig], memory_mb: int | None) -> ProcessPool:
+        assert self._context is not None
         return ProcessPool(
             max_workers=count,
             max_tasks=TASKS_PER_WORKER,
