@@ -29,6 +29,7 @@ def attach(lm: nn.Module, lora: Lora, folder: Path | None) -> None:
     """
     try:
         from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft.tuners.lora import LoraLayer
     except ImportError:
         raise UserError("train.lora needs peft: pip install 'dypo[lora]'") from None
     target = lora.target_modules
@@ -39,6 +40,13 @@ def attach(lm: nn.Module, lora: Lora, folder: Path | None) -> None:
         cast(Any, lm).add_adapter(config, adapter_name=NAME)
     except ValueError as e:  # peft's, for names that no layer has or layers that it cannot adapt
         raise UserError(f"train.lora.target_modules = {target!r}: {e}") from None
+    head = cast(Any, lm).get_output_embeddings()
+    for name, module in lm.named_modules():
+        if isinstance(module, LoraLayer) and (module is head or type(module.base_layer) is not nn.Linear):
+            raise UserError(
+                f"train.lora.target_modules = {target!r}: {name} is the output head, or no plain linear layer; expected linear layers "
+                "of the decoder, which is what can be merged again. Leave it out"
+            )
     if folder is None:
         return
     path = folder / FOLDER / "adapter_model.safetensors"

@@ -105,6 +105,7 @@ def load_model(folder: Path, policy: Policy) -> PolicyLM:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
+    _refuse_stretching(loaded, folder)
     lm = cast(nn.Module, loaded).to(device_of(policy)).eval()
     if policy.dtype == "float64":
         lm.double()  # buffers too
@@ -118,6 +119,23 @@ def load_model(folder: Path, policy: Policy) -> PolicyLM:
             f"{folder}: rows are not packed, each response runs with a prompt of its own: {model.why_not}", stacklevel=2
         )
     return model
+
+
+def _refuse_stretching(lm: Any, folder: Path) -> None:
+    """UserError for rotary embeddings whose frequencies follow the longest sequence of a forward.
+
+    A row's log-probs would then depend on its neighbours, packed or padded, and no probe of short rows sees it.
+    """
+    rope = getattr(lm.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)} & {
+        "dynamic",
+        "longrope",
+    }
+    if kinds:
+        raise UserError(
+            f"{folder}: rope_type {', '.join(sorted(kinds))} chooses its frequencies by the longest sequence in a forward, so a "
+            "response's log-probs would depend on what runs beside it. Set a fixed rope_type (default, linear, yarn, llama3) in config.json"
+        )
 
 
 # ---------------------------------------------------------------- the probe

@@ -151,7 +151,12 @@ def _rows(job: VarianceJob, visits: Sequence[Visit]) -> Shards:
     elif ref is None:
         tables = list(reference_logprobs(job.base, shards, job.policy, job.train.micro_batch_tokens))
         ref = pa.concat_tables(tables) if tables else None
-    return Shards(shards, ref)
+    if job.train.method.grpo.old == "trainer" or job.train.lora is not None:
+        raise UserError(
+            "probe variance: not with grpo.old = 'trainer' or train.lora, whose gradient is another one than it would measure; "
+            "set grpo.old = 'sampler', or probe a run that trains all weights"
+        )
+    return Shards(shards, ref, mask_truncated=job.train.method.grpo.mask_truncated)
 
 
 # ---------------------------------------------------------------- gradients

@@ -109,7 +109,7 @@ def load(job: TrainJob, folder: Path) -> PolicyLM:
     """The model of a folder; with LoRA the run's base policy, and the folder's adapter on it."""
     if job.train.lora is None:
         return load_model(folder, job.policy)
-    has_adapter = (folder / adapter.FOLDER).is_dir()
+    has_adapter = folder != job.policy.model and (folder / adapter.FOLDER).is_dir()  # a base's own is merged into it already
     if folder != job.policy.model and not has_adapter:
         raise UserError(
             f"{folder}: trained without an adapter, so train.lora cannot go on from it; it is for a whole run: begin a new "

@@ -222,3 +222,22 @@ def test_without_peft_the_way_to_install_it_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install 'dypo\[lora\]'"):
         adapter.attach(exact_llama(), Lora(), None)
+
+
+@pytest.mark.filterwarnings("ignore:Model has")  # peft, of tied weights, on the way to our refusal
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_layers_that_could_not_be_merged_are_refused_before_training(module: str) -> None:
+    with pytest.raises(UserError, match="output head, or no plain linear layer"):
+        adapter.attach(exact_llama(), Lora(target_modules=["q_proj", module]), None)
+
+
+def test_a_checkpoint_with_an_adapter_can_be_a_base_and_is_not_adapted_twice(trained: FolderSink, tmp_path: Path) -> None:
+    base = trained.checkpoints()[max(trained.checkpoints())]
+    train = make_train(lora={"rank": 2, "alpha": 4})
+    job = make_job(base, FolderSink(tmp_path), train=train)
+    model, _, _ = begin(job, {})
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, weight in plain.state_dict().items():
+        own = dict(model.lm.state_dict())
+        assert torch.equal(own.get(name, own.get(name.replace(".weight", ".base_layer.weight"))), weight)
+    assert all((p == 0).all() for n, p in model.lm.named_parameters() if "lora_B" in n), "a new adapter adds nothing yet"

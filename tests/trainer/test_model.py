@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from schemas.errors import UserError
 from schemas.recipe import Policy
 from tests.trainer.by_hand import gradient
 from tests.trainer.families import NOT_PACKED, PACKED, VOCAB, tiny
@@ -166,3 +167,13 @@ def test_the_flex_attention_mask_says_the_same_as_the_blocks(window: int | None,
         warnings.simplefilter("ignore")  # that it is slow uncompiled
         got = flex(q, k, v, batch.blocks, 0.3, window)
     torch.testing.assert_close(got.transpose(1, 2), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_follow_the_longest_neighbour_are_refused(kind: str, tmp_path: Path) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    tiny("llama", {"rope_parameters": rope}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"rope_type {kind}"):
+        load_model(tmp_path, Policy(model=tmp_path, device="cpu"))
