@@ -138,27 +138,25 @@ class VerdictPool:
     def _check_workers(self) -> None:
         assert self._pool is not None
         users = [each.function for each in self.verifiers.values() if isinstance(each, UserScorer)]
-        pool = self._pool
-        if (
-            users
-        ):  # a file that ends its process is imported in a task first: who dies in the initializer is started for ever
-            known: dict[str, ScorerConfig] = {
-                name: each for name, each in self.verifiers.items() if not isinstance(each, UserScorer)
-            }
-            pool = self._workers(1, known, None)
+        if users:
+            # A file that ends its process is imported in a task first: in the initializer it would be started for ever.
+            others = {name: each for name, each in self.verifiers.items() if not isinstance(each, UserScorer)}
+            alone = self._workers(1, others, None)
+            try:
+                self._check(alone, UserError, "importing the file of a user function", ", ".join(users))
+            finally:
+                alone.stop()
+                alone.join()
+        advice = f"if memory is short, raise memory_mb (now {self.memory_mb})"
+        self._check(self._pool, WorkError, "starting a scoring worker", advice)
+
+    def _check(self, pool: ProcessPool, kind: type[UserError] | type[WorkError], what: str, more: str) -> None:
         try:
             problems = pool.schedule(_load_problems, args=[self.verifiers]).result(timeout=START_S)
-        except (TimeoutError, ProcessExpired, BrokenProcessPool, RuntimeError) as reason:
-            what = f"took longer than {START_S:g} s" if isinstance(reason, TimeoutError) else "ended the process"
-            if users:
-                raise UserError(f"importing the file of a user function {what}: {', '.join(users)}") from reason
-            raise WorkError(
-                f"starting a scoring worker {what}; if memory is short, raise memory_mb (now {self.memory_mb})"
-            ) from reason
-        finally:
-            if pool is not self._pool:
-                pool.stop()
-                pool.join()
+        except TimeoutError as reason:
+            raise kind(f"{what} took longer than {START_S:g} s: {more}") from reason
+        except (ProcessExpired, BrokenProcessPool, RuntimeError) as reason:
+            raise kind(f"{what} ended the process: {more}") from reason
         if problems:
             raise UserError("\n".join(problems))
 
