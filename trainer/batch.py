@@ -97,9 +97,19 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu", *, share: bool
 
 
 def slots(rows: Sequence[Row], *, share: bool = True) -> int:
-    """How many token slots `pack` needs for these rows."""
+    """How many token slots run for these rows: what `pack` lays out, or without sharing each row padded to the longest."""
+    if not share:
+        return len(rows) * max(len(row.prompt_tokens) + len(row.tokens) - 1 for row in rows)
     prompts = sum(len(members[0].prompt_tokens) for members in _by_prompt(rows, share))
     return prompts + sum(len(row.tokens) - 1 for row in rows)
+
+
+def unit_sizes(units: Sequence[Sequence[Row]], *, share: bool = True) -> list[int]:
+    """The slots of each unit, such that units together take at most their sum: padded rows count as the longest of all."""
+    if share or not units:
+        return [slots(unit) for unit in units]
+    longest = max(slots([row], share=False) for unit in units for row in unit)
+    return [len(unit) * longest for unit in units]
 
 
 def plan_micro_batches(sizes: Sequence[int], budget: int, ranks: int = 1) -> Plan:

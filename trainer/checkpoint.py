@@ -1,13 +1,13 @@
 """A checkpoint: a Hugging Face folder, with what the trainer needs to go on in its `trainer/` folder.
 
-    config.json, *.safetensors           the model, whole and float32, by save_pretrained; with LoRA, the adapter merged in
+    config.json, *.safetensors           the model, whole, as it is held, by save_pretrained; with LoRA, the adapter merged in
     adapter/                             with LoRA: the adapter in peft's format
     tokenizer files, chat template, ...  copied byte for byte from the folder that the round began from
     trainer/tensors/*.safetensors        AdamW moments as OPTIMIZER/PARAMETER/NAME, and torch's RNG state: written by
                                          torch.distributed.checkpoint, each rank its share, read by any number of ranks
     trainer/state.json                   round, steps done, how the round ended, cursors
 
-One idea: resuming is bitwise, so everything is stored exactly (float32, no pickle) and what can be computed again (the plan,
+One idea: resuming is bitwise, so everything is stored exactly (the dtype it has, no pickle) and what can be computed again (the plan,
 the learning rate) is not stored; cursors are there to be looked at. A round that begins from the checkpoint of the round
 before takes the moments and leaves the rest. Left out: atomic publication, which is the sink's.
 """
@@ -65,7 +65,7 @@ def save_checkpoint(
     lm = model.lm
     if not isinstance(lm, PreTrainedModel):
         raise TypeError(f"a checkpoint is a Hugging Face folder; {type(lm).__name__} has no save_pretrained")
-    weights = _weights(lm)
+    weights = _weights(lm, kept=team.leads)
     if team.leads:
         with quiet():
             adapter.save(lm, weights, folder) if adapter.of(lm) else lm.save_pretrained(folder, state_dict=weights)
@@ -85,13 +85,18 @@ def save_checkpoint(
         state_dict_saver.save(tensors, storage_writer=writer, no_dist=team.world == 1)
 
 
-def _weights(lm: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the model, whole; one that is there under two names (tied embeddings) stays one."""
+def _weights(lm: nn.Module, *, kept: bool) -> dict[str, Tensor]:
+    """Every tensor of the model, whole; one that is there under two names (tied embeddings) stays one.
+
+    A collective. Ranks that do not keep them hold one tensor at a time.
+    """
     made: dict[int, Tensor] = {}
-    return {
-        name: made.setdefault(id(tensor), whole(tensor)) if id(tensor) not in made else made[id(tensor)]
-        for name, tensor in lm.state_dict(keep_vars=True).items()
-    }
+    named = lm.state_dict(keep_vars=True)
+    for tensor in {id(tensor): tensor for tensor in named.values()}.values():
+        gathered = whole(tensor)
+        if kept:
+            made[id(tensor)] = gathered
+    return {name: made[id(tensor)] for name, tensor in named.items()} if kept else {}
 
 
 def _moments(lm: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from schemas.recipe import Policy
-from trainer.batch import pack, plan_micro_batches, slots, split
+from trainer.batch import pack, plan_micro_batches, split, unit_sizes
 from trainer.model import PolicyLM, load_model
 from trainer.rows import Row, Shards
 
@@ -54,7 +54,7 @@ def reference_logprobs(
 
 def _reference_table(model: PolicyLM, units: list[list[Row]], micro_batch_tokens: int) -> pa.Table:
     found: dict[str, np.ndarray] = {}
-    sizes = [slots(unit, share=model.packed) for unit in units]
+    sizes = unit_sizes(units, share=model.packed)
     for (chosen,) in plan_micro_batches(sizes, micro_batch_tokens):
         together = [row for i in chosen for row in units[i]]
         for start, stop in split(together, micro_batch_tokens, share=model.packed):

@@ -83,8 +83,14 @@ class Halves:
 def probe_variance(job: VarianceJob) -> dict[str, Any]:
     """The measured quantities as JSON values; an interval is {value, ci_low, ci_high}, null where there is none.
 
-    Raises UserError before the model is loaded if neither route has MIN_PROMPTS prompts.
+    Raises UserError before the model is loaded if neither route has MIN_PROMPTS prompts, or the run's gradient is none that
+    is measured here (grpo.old = trainer, LoRA).
     """
+    if job.train.method.grpo.old == "trainer" or job.train.lora is not None:
+        raise UserError(
+            "probe variance: not with grpo.old = 'trainer' or train.lora, whose gradient is another one than it would measure; "
+            "set grpo.old = 'sampler', or probe a run that trains all weights"
+        )
     visits, gated = _chosen(job)
     method = job.train.method
     names = {"sft": ["sft"], "rl": ["grpo", "gal"] if method.gal_coefficient > 0 else ["grpo"]}
@@ -151,11 +157,6 @@ def _rows(job: VarianceJob, visits: Sequence[Visit]) -> Shards:
     elif ref is None:
         tables = list(reference_logprobs(job.base, shards, job.policy, job.train.micro_batch_tokens))
         ref = pa.concat_tables(tables) if tables else None
-    if job.train.method.grpo.old == "trainer" or job.train.lora is not None:
-        raise UserError(
-            "probe variance: not with grpo.old = 'trainer' or train.lora, whose gradient is another one than it would measure; "
-            "set grpo.old = 'sampler', or probe a run that trains all weights"
-        )
     return Shards(shards, ref, mask_truncated=job.train.method.grpo.mask_truncated)
 
 

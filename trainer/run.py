@@ -17,7 +17,7 @@ from schemas.errors import Reported, UserError, WorkError
 from schemas.ids import seed_from
 from trainer import adapter
 from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
-from trainer.job import Reader, RoundEnd, TrainJob
+from trainer.job import Nowhere, RoundEnd, TrainJob
 from trainer.journal import Journal
 from trainer.metrics import RowNumbers, by_row, step_metrics, summary
 from trainer.mismatch import refuse_mismatch
@@ -42,11 +42,14 @@ def train_round(job: TrainJob) -> RoundEnd:
 
     team = join(job.train.spread, device_of(job.policy))
     with team.together():
-        return _train(job if team.leads else replace(job, sink=Reader(job.sink)), shards, plan, team)
+        return _train(job if team.leads else replace(job, sink=Nowhere()), shards, plan, team)
 
 
 def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> RoundEnd:
-    model, optimizers, state = begin(job, job.sink.checkpoints(), team)
+    done = team.leaders(
+        job.sink.checkpoints() if team.leads else None
+    )  # the leader alone: it cuts what the others would read
+    model, optimizers, state = begin(job, done, team)
     job.sink.cut("draws", state.steps)
     job.sink.cut("metrics", state.steps)
     if state.ended is not None:
@@ -86,7 +89,10 @@ def shards_of(job: TrainJob) -> Shards:
 
 def begin(job: TrainJob, done: Mapping[int, Path], team: Team = ALONE) -> tuple[PolicyLM, Optimizers, TrainerState]:
     """From the newest of the round's checkpoints `done`, bitwise; else from the start folder, with its optimizer moments
-    if it has any."""
+    if it has any (a round's checkpoint has; the run's base policy brings weights only).
+
+    UserError if the folder is no checkpoint of the round that it should be of.
+    """
     folder = done[max(done)] if done else job.start
     torch.manual_seed(seed_from("torch", job.seed, job.round))  # a new adapter draws from it, alike on every rank
     model = load(job, folder)
@@ -94,7 +100,7 @@ def begin(job: TrainJob, done: Mapping[int, Path], team: Team = ALONE) -> tuple[
         recompute_activations(model.lm)
     team.share(model)
     optimizers = build_optimizers(model.lm, job.train.method, job.train.optimizer)
-    state = load_state(folder) if done or job.round > 0 else None  # the run's base policy brings weights only
+    state = load_state(folder) if done or job.round > 0 else None
     if state is not None:
         load_tensors(folder, model, optimizers, rng=bool(done), team=team)
     if not done:
@@ -107,9 +113,14 @@ def begin(job: TrainJob, done: Mapping[int, Path], team: Team = ALONE) -> tuple[
 
 def load(job: TrainJob, folder: Path) -> PolicyLM:
     """The model of a folder; with LoRA the run's base policy, and the folder's adapter on it."""
-    if job.train.lora is None:
-        return load_model(folder, job.policy)
     has_adapter = folder != job.policy.model and (folder / adapter.FOLDER).is_dir()  # a base's own is merged into it already
+    if job.train.lora is None:
+        if has_adapter:
+            raise UserError(
+                f"{folder}: trained with an adapter, so training without train.lora cannot go on from it; begin a new run with "
+                "policy.model set to this folder, where the adapter is merged into the weights"
+            )
+        return load_model(folder, job.policy)
     if folder != job.policy.model and not has_adapter:
         raise UserError(
             f"{folder}: trained without an adapter, so train.lora cannot go on from it; it is for a whole run: begin a new "

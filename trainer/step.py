@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemas.recipe import DypoMethod
-from trainer.batch import Batch, pack, plan_micro_batches, slots, split
+from trainer.batch import Batch, pack, plan_micro_batches, split, unit_sizes
 from trainer.losses import pair_margins
 from trainer.model import PolicyLM
 from trainer.objective import (
@@ -99,7 +99,7 @@ def accumulate(
     With a team of several processes the `.grad`s hold the sum over its ranks, and what is returned is this rank's part.
     """
     seen = Observed(counts, mixture(method, counts, easy_scale=easy_scale))
-    sizes = [slots(unit, share=model.packed) for unit in units]
+    sizes = unit_sizes(units, share=model.packed)
     plan = plan_micro_batches(sizes, micro_batch_tokens, team.world)
     for at, by_rank in enumerate(plan):
         pieces = [_pieces(units, sizes, chosen, micro_batch_tokens, model.packed) for chosen in by_rank]

@@ -196,6 +196,13 @@ def test_an_adapter_cannot_begin_in_the_middle_of_a_run(policy_folder: Path, tmp
     train_round(the_job(end, FolderSink(tmp_path / "2")))  # the way out
 
 
+def test_a_run_with_an_adapter_cannot_go_on_without_it(trained: FolderSink, policy_folder: Path, tmp_path: Path) -> None:
+    end = trained.checkpoints()[6]
+    policy = Policy(model=policy_folder, device="cpu")
+    with pytest.raises(UserError, match=r"step=6: trained with an adapter.* begin a new run with policy\.model set to"):
+        train_round(make_job(end, FolderSink(tmp_path), round=1, policy=policy))
+
+
 @pytest.mark.parametrize(
     ("lora", "told"),
     [

@@ -16,7 +16,7 @@ from schemas.recipe import DypoMethod
 from tests.trainer import by_hand
 from tests.trainer.by_hand import gradient
 from tests.trainer.tiny import EOS, ExactLM, exact_llama, make_old, make_ref, make_shards, policy_lm, shaped, tiny_llama
-from trainer.batch import pack, plan_micro_batches, slots, split
+from trainer.batch import pack, plan_micro_batches, slots, split, unit_sizes
 from trainer.model import PolicyLM
 from trainer.objective import Unit, count, micro_batch
 from trainer.rows import Row, Shards
@@ -178,11 +178,22 @@ def test_a_unit_larger_than_the_budget_is_cut_into_pieces_that_fit(budget: int, 
         assert stop - start == 1 or slots(unit[start:stop], share=share) <= budget
 
 
-def test_slots_are_the_tokens_that_a_packed_row_holds() -> None:
+def test_slots_are_the_tokens_that_a_packed_row_holds_or_the_padded_rectangle() -> None:
     rows = [row for unit in units_of() for row in unit]
-    for share in (True, False):
-        assert slots(rows, share=share) == len(pack(rows, share=share).input_ids_S)
-    assert slots(rows) < slots(rows, share=False)
+    assert slots(rows) == len(pack(rows).input_ids_S)
+    lengths = [block.stop - block.start for block in pack(rows, share=False).blocks]
+    assert slots(rows, share=False) == len(rows) * max(lengths) > sum(lengths) > slots(rows)
+
+
+@given(st.integers(1, 400))
+@settings(deadline=None)
+def test_a_model_that_is_not_packed_never_runs_more_padded_slots_than_the_budget(budget: int) -> None:
+    units = units_of()
+    sizes = unit_sizes(units, share=False)
+    for (chosen,) in plan_micro_batches(sizes, budget):
+        rows = [row for i in chosen for row in units[i]]
+        for start, stop in split(rows, budget, share=False) if len(chosen) == 1 else [(0, len(rows))]:
+            assert stop - start == 1 or slots(rows[start:stop], share=False) <= budget
 
 
 # ---------------------------------------------------------------- what must not move the weights

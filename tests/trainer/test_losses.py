@@ -14,7 +14,6 @@ from trainer.losses import (
     group_alignment,
     grpo_advantages,
     k3,
-    pair_coefficients,
     pair_margins,
     sequence_surrogate,
     sft,
@@ -296,6 +295,18 @@ def test_group_alignment_equals_a_loop_over_pairs(right: int, reference: bool) -
                 terms.append(math.log(1 + math.exp(-0.7 * d)))
     got = group_alignment(logps, ref if reference else None, rewards, beta=0.7)
     assert got.item() == pytest.approx(sum(terms) / len(terms) if terms else 0.0, rel=1e-12)
+
+
+def pair_coefficients(logps: torch.Tensor, ref: torch.Tensor | None, rewards: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """ALGORITHMS 7.4's closed form, pair by pair: c_i = -dGAL/ds_i, for binary rewards; NaN is in no pair."""
+    gain = logps.detach() if ref is None else logps.detach() - ref
+    pairs = [(i, j) for i in range(len(gain)) for j in range(len(gain)) if rewards[i] > rewards[j]]
+    c = torch.zeros_like(gain)
+    for i, j in pairs:
+        pull = beta * torch.sigmoid(-beta * (gain[i] - gain[j])) / len(pairs)
+        c[i] += pull
+        c[j] -= pull
+    return c
 
 
 @pytest.mark.parametrize("right", range(1, 8))

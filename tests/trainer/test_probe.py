@@ -303,6 +303,13 @@ def test_missing_reference_log_probs_are_computed_from_the_base_policy(policy_fo
     assert probe_variance(job_of(shards, **fields))["components"]["gal"] != stored["components"]["gal"]
 
 
+@pytest.mark.parametrize("other", [{"method": {"grpo": {"old": "trainer"}}}, {"lora": {"rank": 2}}], ids=["old", "lora"])
+def test_a_run_whose_gradient_is_another_one_is_refused_before_the_model_is_loaded(other: dict) -> None:
+    train = make_train(other.get("method"), **{key: value for key, value in other.items() if key != "method"})
+    with pytest.raises(UserError, match=r"not with grpo\.old = 'trainer' or train\.lora"):
+        probe_variance(job_of(make_shards(), train=train))
+
+
 def test_a_gradient_that_is_not_finite_stops_the_probe_and_names_the_prompt(exact: ExactLM) -> None:
     shards = make_shards(hard=0, mid=12, k=4)
     rows = shards.to_pylist()

@@ -6,7 +6,7 @@ formulas beside these names.
 """
 
 from trainer.losses.advantages import grpo_advantages
-from trainer.losses.alignment import group_alignment, pair_coefficients, pair_margins
+from trainer.losses.alignment import group_alignment, pair_margins
 from trainer.losses.divergence import k3
 from trainer.losses.supervised import sft
 from trainer.losses.surrogate import cispo, clipped_surrogate, sequence_surrogate
@@ -18,7 +18,6 @@ __all__ = [
     "group_alignment",
     "grpo_advantages",
     "k3",
-    "pair_coefficients",
     "pair_margins",
     "sequence_surrogate",
     "sft",

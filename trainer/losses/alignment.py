@@ -3,8 +3,8 @@
     d_ij = beta * [(s_i - ref_i) - (s_j - ref_j)]        for every pair with R_i > R_j, M of them
     L    = (1 / M) sum_pairs -log sigmoid(d_ij)          (DYPO Eq. 14-15, 23)
 
-One idea: the loss of a whole group needs all its sequence log-probs, and only them. Where a group does not fit one
-forward, `pair_coefficients` gives the same gradient in two passes: L' = -sum_i c_i s_i with c held constant.
+One idea: the loss of a whole group needs all its sequence log-probs, and only them, so it never meets the model; how a
+group that does not fit one forward gets the same gradient in two passes is the affair of step.py.
 Left out: how s is reduced from tokens (sum or mean), which is the caller's choice, and sub-sampling of pairs.
 """
 
@@ -29,19 +29,6 @@ def pair_margins(logps: Tensor, ref_logps: Tensor | None, rewards: Tensor, *, be
     better_KK = _better(logps, ref_logps, rewards)
     gain_K = logps if ref_logps is None else logps - ref_logps.detach()
     return beta * (gain_K.unsqueeze(1) - gain_K.unsqueeze(0))[better_KK]
-
-
-def pair_coefficients(logps: Tensor, ref_logps: Tensor | None, rewards: Tensor, *, beta: float) -> Tensor:
-    """c [k] with c_i = -dL/ds_i, without gradient: positive where right, negative where wrong, summing to 0.
-
-    With binary rewards c_i = beta / (S F) sum_j sigmoid(-d_ij) for a right one (ALGORITHMS 7.4).
-    """
-    with torch.no_grad():
-        better_KK = _better(logps, ref_logps, rewards)
-        weights_KK = torch.zeros_like(better_KK, dtype=logps.dtype)
-        weights_KK[better_KK] = torch.sigmoid(-pair_margins(logps, ref_logps, rewards, beta=beta))
-        pairs = better_KK.sum().clamp(min=1)
-        return beta * (weights_KK.sum(1) - weights_KK.sum(0)) / pairs
 
 
 def _better(logps: Tensor, ref_logps: Tensor | None, rewards: Tensor) -> Tensor:
