@@ -116,7 +116,7 @@ class VerdictPool:
         self._context = CleanForkContext(_modules(self.verifiers))
         self._pool = self._workers(self.workers, self.verifiers, self.memory_mb)
 
-    def _workers(self, count: int, verifiers: dict[str, ScorerConfig], memory_mb: int | None) -> ProcessPool:
+    def _workers(self, count: int, verifiers: Mapping[str, ScorerConfig], memory_mb: int | None) -> ProcessPool:
         assert self._context is not None
         return ProcessPool(
             max_workers=count,
