@@ -91,6 +91,7 @@ def differences(ctx: Context, round: int) -> list[dict[str, Any]]:
         return []
     it.partition.verify()
     con = open_views(ctx.run)
+    con.execute("set threads = 1")  # sums in one order: the same rows give the same last digits
     con.execute(f"create view compared as {sql('audit/compared')}")
     policies = ask(con, sql("audit/policies"), round=round).to_pylist()
     worst = {name: ask(con, sql(f"audit/{name}"), round=round).to_pylist() for name in ("tokens", "rows")}
