@@ -188,7 +188,7 @@ def test_a_hung_verifier_costs_its_verdict_and_routes_its_group_nowhere(a_copy: 
     mine = tmp_path / "mine.py"
     mine.write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    while solution_str.startswith('9'): pass\n"
+        "    while solution_str[0] == '9' and solution_str[-1] in '12': pass\n"
         "    return float(solution_str.endswith('>' + ground_truth))\n"
     )
     verifier = f"score.verifiers.sum={{type='user', function='{mine}:compute_score'}}"
