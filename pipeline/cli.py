@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from schemas.errors import DypoError, Reported, UserError
+from schemas.errors import DypoError, Reported, UserError, WorkError
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -285,6 +285,26 @@ def status(run: RunFolder, as_json: Json = False) -> None:
     from pipeline.context import load
 
     _show_plan(load(run), as_json, existing=True)
+
+
+@app.command()
+def verify(run: RunFolder, as_json: Json = False) -> None:
+    """Hash every file of the run against its manifest: a flipped byte, a missing part, an orphan. Exit code 1 if there is one."""
+    from pipeline.verify import HARM, Checked
+    from pipeline.verify import verify as look
+
+    checked, harmed = Checked(), 0
+    for found in look(run, checked):
+        harmed += found.kind in HARM
+        print(json.dumps(vars(found)) if as_json else f"{found.kind}: {found.path}: {found.say}", flush=True)
+    if as_json:
+        print(json.dumps({"harmed": harmed, **vars(checked)}))
+    else:
+        print(
+            f"{checked.partitions} partitions, {checked.files} files, {checked.bytes / 1e6:,.1f} MB: {harmed or 'nothing'} harmed"
+        )
+    if harmed:
+        raise WorkError(f"{run}: {harmed} files are not what the run's manifests say")
 
 
 @app.command()

@@ -75,28 +75,32 @@ class Partition:
 
     def files(self) -> list[Path]:
         """The listed parts; each must exist at its recorded size (contents are hashed by `verify`)."""
-        manifest = self.manifest()
-        if manifest is None:
-            return []
-        for part in manifest.parts:
-            path = self.folder / part.name
-            if not path.exists():
-                raise UserError(f"{path}: missing, but its manifest lists it ({part.rows} rows). {_way_out(self)}")
-            if path.stat().st_size != part.bytes:
-                raise UserError(
-                    f"{path}: {path.stat().st_size} bytes, but its manifest says {part.bytes}: truncated or altered. "
-                    f"{_way_out(self)}"
-                )
-        return [self.folder / part.name for part in manifest.parts]
+        return self._whole(hashed=False)
 
     def verify(self) -> None:
         """Hashes every listed part against the manifest. UserError names the file and the way out."""
-        for path, part in zip(self.files(), (m.parts if (m := self.manifest()) else []), strict=True):
-            found = sha256_file(path)
-            if found != part.sha256:
-                raise UserError(
-                    f"{path}: sha256 {found[:12]}..., but its manifest says {part.sha256[:12]}...: altered. {_way_out(self)}"
-                )
+        self._whole(hashed=True)
+
+    def _whole(self, *, hashed: bool) -> list[Path]:
+        manifest = self.manifest()
+        if manifest is None:
+            return []
+        for _, path, say in self.harm(manifest, hashed=hashed):
+            raise UserError(f"{path}: {say}")
+        return [self.folder / part.name for part in manifest.parts]
+
+    def harm(self, manifest: Manifest, *, hashed: bool) -> Iterator[tuple[str, Path, str]]:
+        """(missing or altered, file, what and the way out) for each listed part that is not as the manifest says."""
+        for part in manifest.parts:
+            path = self.folder / part.name
+            if not path.exists():
+                yield "missing", path, f"missing, but its manifest lists it ({part.rows} rows). {_way_out(self)}"
+            elif (size := path.stat().st_size) != part.bytes:
+                told = f"{size} bytes, but its manifest says {part.bytes}: truncated or altered"
+                yield "altered", path, f"{told}. {_way_out(self)}"
+            elif hashed and (found := sha256_file(path)) != part.sha256:
+                told = f"sha256 {found[:12]}..., but its manifest says {part.sha256[:12]}...: altered"
+                yield "altered", path, f"{told}. {_way_out(self)}"
 
     def write(self, rows: pa.Table, fingerprint: str, name: str | None = None) -> Path:
         """Publishes rows as one part: cast to the table's schema, written to a temporary name, fsynced, renamed."""

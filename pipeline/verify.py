@@ -1,0 +1,92 @@
+"""`dypo verify`: every file of a run held against the manifests. Reads all of it, writes nothing.
+
+    missing, altered    what a manifest lists is gone, or has other bytes (size first, then sha256)
+    unreadable          a manifest that says nothing
+    orphan              a file among the tables that no manifest lists and no stage will count in
+    unfinished          whole parts of a stage that was cut off: its next run counts them in
+    left over           what a killed writer left under a temporary name: swept by the next run
+
+One idea: the first four are harm, the last two are how a run looks that was killed. Superseded partitions are looked at too:
+going back to their settings brings them back. Left out: whether rows are stale, which `dypo status` tells; a manifest's own bytes, but for whether it
+can be read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.store import MANIFEST, PARTITION_KEYS, part_fingerprint, partitions
+from schemas.errors import UserError
+from schemas.manifest import Manifest
+
+HARM = ("missing", "altered", "unreadable", "orphan")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One finding: its kind, the file, and what to do about it."""
+
+    kind: str
+    path: str
+    say: str
+
+
+@dataclass
+class Checked:
+    """What was looked at so far: complete partitions, files that their manifests list, and the bytes of those."""
+
+    partitions: int = 0
+    files: int = 0
+    bytes: int = 0
+
+
+def verify(run: Path, checked: Checked) -> Iterator[Found]:
+    """Findings as they come, and in `checked` what was read. UserError if the folder is no run."""
+    if not (run / "recipe.toml").exists():
+        raise UserError(f"{run}: not a run folder (no recipe.toml in it). A run begins with `dypo ingest RECIPE.toml`")
+    for root in (run, *sorted(run.glob("superseded/*/*"))):
+        for table in PARTITION_KEYS:
+            listed: dict[Path, Manifest | None] = {}
+            for part in partitions(root, table):
+                try:
+                    manifest = listed[part.folder] = part.manifest()
+                except UserError as e:
+                    listed[part.folder] = None
+                    yield Found("unreadable", str(part.folder / MANIFEST), str(e))
+                    continue
+                if manifest is not None:
+                    checked.partitions += 1
+                    checked.files += len(manifest.parts)
+                    checked.bytes += sum(each.bytes for each in manifest.parts)
+                    for kind, path, say in part.harm(manifest, hashed=True):
+                        yield Found(kind, str(path), say)
+            yield from _unlisted(root / table, listed)
+
+
+def _unlisted(root: Path, manifests: dict[Path, Manifest | None]) -> Iterator[Found]:
+    """Files under a table's folder that no manifest names."""
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        if any(word.startswith(".") for word in path.relative_to(root).parts):
+            yield Found("left over", str(path), "from a writer that was killed; the stage's next run sweeps it")
+            continue
+        home = next((folder for folder in path.parents if folder in manifests), None)
+        manifest = manifests[home] if home is not None else None
+        name = str(path.relative_to(home)) if home is not None else path.name
+        if home is not None and (manifest is None or name == MANIFEST or name in {part.name for part in manifest.parts}):
+            continue
+        wanted = manifest.fingerprint if manifest is not None else None
+        yield _loose(path, wanted)
+
+
+def _loose(path: Path, wanted: str | None) -> Found:
+    """A part beside a manifest counts if it was written under the same fingerprint; without a manifest any whole part does."""
+    told = "no manifest lists it"
+    if path.match("part-*.parquet"):
+        try:
+            fingerprint = part_fingerprint(path)
+        except UserError as e:
+            return Found("orphan", str(path), str(e))
+        if wanted in (None, fingerprint):
+            return Found("unfinished", str(path), "a whole part of a stage that was cut off; its next run counts it in")
+        told = "no manifest lists it, and it was written under other settings than the rows beside it"
+    return Found("orphan", str(path), f"{told}; move it out of the run folder")
