@@ -193,10 +193,28 @@ def score(target: Target, round: Round = None, set: Set = None, as_json: Json = 
 
 
 @app.command()
-def grade(target: Target, round: Round = None, set: Set = None, as_json: Json = False) -> None:
+def grade(
+    target: Target,
+    round: Round = None,
+    set: Set = None,
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what-if",
+            metavar="KEY=VALUE",
+            help="write nothing: show what would change with this recipe key (or k=4, or teachers=a,b)",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Grade the round (easy, mid, hard) and route it into shards, in SQL."""
     from pipeline.stages import grade as stage
 
+    if what_if:
+        from pipeline.context import load
+
+        ctx = load(target, set)
+        return _show_what_if(ctx, ctx.newest_round() if round is None else round, what_if, as_json)
     with _writing(target, set) as ctx:
         _tell(stage.run(ctx, ctx.newest_round() if round is None else round), as_json)
 
@@ -452,6 +470,23 @@ def _summary(ctx: "Context", report: Path) -> None:
         "join prompts p on p.prompt_id = r.prompt_id where s.status = 'wrong' order by r.round desc, r.rollout_id limit 5",
     ):
         print(f'  dypo sql {run} "{text}"')
+
+
+def _show_what_if(ctx: "Context", round: int, settings: list[str], as_json: bool) -> None:
+    """Prompts by where they go now and then, what each route trains on, and how many change."""
+    import pyarrow as pa
+
+    from pipeline import shell
+    from pipeline.what_if import what_if
+
+    found = what_if(ctx, round, settings)
+    if as_json:
+        return print(json.dumps(vars(found)))
+    print(
+        f"round {round} with {', '.join(settings)}: {len(found.changed)} of {found.prompts} prompts change (nothing was written)\n"
+    )
+    for rows in (found.moves, found.routes):
+        shell.show(pa.Table.from_pylist(rows), False)
 
 
 def _show_audit(entry: dict[str, Any]) -> None:

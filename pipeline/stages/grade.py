@@ -87,13 +87,7 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
 
 def run(ctx: Context, round: int) -> list[Outcome]:
     """Grades one round and routes it."""
-    for table, keys in _inputs(ctx, round):
-        need(
-            ctx.run,
-            table,
-            keys,
-            command=f"dypo {MADE_BY[table]} {ctx.run}" + (f" --round {round}" if "round" in keys else ""),
-        )
+    _need_inputs(ctx, round)
     it = grade_spec(ctx, round)
     restore(it)
     if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):
@@ -104,6 +98,23 @@ def run(ctx: Context, round: int) -> list[Outcome]:
     if all(current(r) for r in routes):
         return [graded, *(nothing(r) for r in routes)]
     return [graded, *_route(ctx, round, routes, _connection(ctx, round, traces))]
+
+
+def grade_now(ctx: Context, round: int) -> tuple[pa.Table, pa.Table]:
+    """The rows of grades and of shards as the context's recipe makes them from what is stored, written nowhere."""
+    _need_inputs(ctx, round)
+    con = _connection(ctx, round, _fitting_traces(ctx, round))
+    grades = _grade_rows(ctx, round, con)
+    con.execute("drop view if exists grades")
+    con.execute("drop table if exists grades")
+    con.register("grades", grades)
+    return grades, _shard_rows(ctx, round, con)
+
+
+def _need_inputs(ctx: Context, round: int) -> None:
+    for table, keys in _inputs(ctx, round):
+        with_round = f" --round {round}" if "round" in keys else ""
+        need(ctx.run, table, keys, command=f"dypo {MADE_BY[table]} {ctx.run}{with_round}")
 
 
 def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
@@ -173,6 +184,11 @@ def _refuse_another_tokenizer(ctx: Context, con: "duckdb.DuckDBPyConnection", re
 
 def _grade(ctx: Context, round: int, it: Spec, con: "duckdb.DuckDBPyConnection") -> Outcome:
     started = time.monotonic()
+    rows = _grade_rows(ctx, round, con)
+    return make_table(it, rows, facts={"grades": counts(rows, "grade"), "reasons": counts(rows, "reason")}, started=started)
+
+
+def _grade_rows(ctx: Context, round: int, con: "duckdb.DuckDBPyConnection") -> pa.Table:
     unscored = ask(con, sql("checks/unscored"), round=round)
     if unscored.num_rows:
         raise UserError(
@@ -186,11 +202,10 @@ def _grade(ctx: Context, round: int, it: Spec, con: "duckdb.DuckDBPyConnection")
         easy_max_failures=g.easy_max_failures, max_tokens=g.max_tokens, unjudged_to_routes=g.unjudged_to_routes,
     )  # fmt: skip
     _refuse_offenders(con, rows, "grades", str(g.query or "grade.sql"), round=round)
-    return make_table(it, rows, facts={"grades": counts(rows, "grade"), "reasons": counts(rows, "reason")}, started=started)
+    return rows
 
 
-def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyConnection") -> list[Outcome]:
-    started = time.monotonic()
+def _shard_rows(ctx: Context, round: int, con: "duckdb.DuckDBPyConnection") -> pa.Table:
     method, g = ctx.recipe.train.method, ctx.recipe.grade
     rows = _select(
         con, query_text(method.query, f"route_{method.type}"), "shards", str(method.query or f"route_{method.type}.sql"),
@@ -198,7 +213,12 @@ def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyCon
         eps=method.grpo.eps,
     )  # fmt: skip
     _refuse_offenders(con, rows, "shards", str(method.query or f"route_{method.type}.sql"))
-    outcomes = []
+    return rows
+
+
+def _route(ctx: Context, round: int, specs: list[Spec], con: "duckdb.DuckDBPyConnection") -> list[Outcome]:
+    started = time.monotonic()
+    rows, outcomes = _shard_rows(ctx, round, con), []
     for it in specs:
         route = dict(it.partition.keys)["route"]
         mine = rows.filter(pc.field("route") == route)
