@@ -329,16 +329,22 @@ def verify(run: RunFolder, as_json: Json = False) -> None:
 def sql(
     run: RunFolder,
     query: Annotated[str | None, typer.Argument(help="one SELECT; without it, an interactive prompt")] = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="RUN", help="ask this run too: every table has a first column `run` then"),
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="seconds until a query is stopped")] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Ask the run's tables in SQL (DuckDB, read-only)."""
     from pipeline import shell
     from pipeline.store import connect
 
+    con = connect(run, *(others or []))
     if query is None:
-        shell.interactive(run, as_json)
+        shell.interactive(con, as_json, timeout)
     else:
-        shell.show(shell.query(connect(run), query), as_json)
+        shell.show(shell.query(con, query, timeout), as_json)
 
 
 @app.command()

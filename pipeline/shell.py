@@ -4,11 +4,10 @@ import contextlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.store import ask, connect
-from schemas.errors import UserError
+from pipeline.store import ask
+from schemas.errors import DypoError, UserError, WorkError
 
 if TYPE_CHECKING:
     import duckdb
@@ -18,8 +17,11 @@ HELP = "Read-only. End a query with ;   .tables lists the views   .quit leaves  
 TABLES = "select view_name as name from duckdb_views() where not internal union select table_name from duckdb_tables() order by all"
 
 
-def query(con: "duckdb.DuckDBPyConnection", text: str) -> "pa.Table":
-    """The result of exactly one SELECT. UserError for anything else (COPY, ATTACH, SET, several statements) and bad SQL."""
+def query(con: "duckdb.DuckDBPyConnection", text: str, timeout: float = 600.0) -> "pa.Table":
+    """The result of exactly one SELECT. UserError for anything else (COPY, ATTACH, SET, several statements) and bad SQL.
+
+    WorkError if there is none within `timeout` seconds.
+    """
     import duckdb
 
     try:
@@ -34,9 +36,13 @@ def query(con: "duckdb.DuckDBPyConnection", text: str) -> "pa.Table":
     with ThreadPoolExecutor(1) as pool:  # beside this thread, which stays free to take a Ctrl-C
         running = pool.submit(ask, con, text)
         try:
-            return running.result()
-        except KeyboardInterrupt:
+            return running.result(timeout)
+        except (KeyboardInterrupt, TimeoutError) as e:
             con.interrupt()
+            if isinstance(e, TimeoutError):
+                raise WorkError(
+                    f"sql: no result within {timeout:g} s, so it was stopped; --timeout sets another limit"
+                ) from None
             raise
         except duckdb.Error as e:
             raise UserError(f"sql: {e}") from None
@@ -71,12 +77,11 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def interactive(run: Path, as_json: bool) -> None:
+def interactive(con: "duckdb.DuckDBPyConnection", as_json: bool, timeout: float) -> None:
     """Reads statements that end with `;` until end of input or `.quit`. `.tables` lists the views.
 
     On a terminal a mistake is told and Ctrl-C drops what was typed, or stops the query; from a pipe a mistake ends it.
     """
-    con = connect(run)
     terminal = sys.stdin.isatty()
     with contextlib.suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
@@ -97,10 +102,10 @@ def interactive(run: Path, as_json: bool) -> None:
             buffer = f"{buffer}{line}\n" if (buffer + line).strip() else ""
             if buffer.rstrip().endswith(";"):
                 text, buffer = buffer, ""
-                show(query(con, text), as_json)
+                show(query(con, text, timeout), as_json)
         except EOFError:
             break
-        except UserError as e:
+        except DypoError as e:
             if not terminal:
                 raise
             print(e, file=sys.stderr)
@@ -110,4 +115,4 @@ def interactive(run: Path, as_json: bool) -> None:
             print()
             buffer = ""
     if buffer.strip():
-        show(query(con, buffer), as_json)
+        show(query(con, buffer, timeout), as_json)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -236,17 +236,26 @@ def sql(name: str) -> str:
     return (Path(__file__).parent / "sql" / f"{name}.sql").read_text()
 
 
-def open_views(run: Path) -> "duckdb.DuckDBPyConnection":
-    """An in-memory DuckDB with one view for each table over its complete partitions. For the stages' own queries."""
+def open_views(*runs: Path) -> "duckdb.DuckDBPyConnection":
+    """An in-memory DuckDB with one view for each table over its complete partitions. For the stages' own queries.
+
+    Several runs share the views: their rows have a first column `run`, the folder's name (its path where names are alike).
+    """
     import duckdb
 
     con = duckdb.connect()
+    names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else [str(run) for run in runs]
+
+    def view(name: str, schema: pa.Schema, files: Callable[[Path], list[Path]]) -> None:
+        _view(con, name, schema, {told if runs[1:] else None: files(run) for told, run in zip(names, runs, strict=True)})
+
+    def listed(table: str, run: Path) -> list[Path]:
+        return [f for p in partitions(run, table) for f in p.files()]
+
     for table in TABLES:
-        files = [f for p in partitions(run, table) for f in p.files()]
-        _view(con, table, files, f"{TABLES[table].duckdb_columns()}")
-    old = sorted(str(p) for p in (run / "superseded" / "score").glob("**/part-*.parquet"))
-    current = [str(f) for p in partitions(run, "scores") for f in p.files()]
-    _view(con, "score_versions", [Path(p) for p in old + current], TABLES["scores"].duckdb_columns())
+        view(table, ARROW[table], partial(listed, table))
+    old = "superseded/score/**/part-*.parquet"
+    view("score_versions", ARROW["scores"], lambda run: sorted(run.glob(old)) + listed("scores", run))
     return con
 
 
@@ -260,24 +269,35 @@ def ask(con: "duckdb.DuckDBPyConnection", text: str, **parameters: object) -> pa
         raise
 
 
-def _view(con: "duckdb.DuckDBPyConnection", name: str, files: list[Path], columns: str) -> None:
-    if files:
-        names = ", ".join("'" + str(f).replace("'", "''") + "'" for f in files)
-        con.execute(f"create view {name} as select * from read_parquet([{names}], hive_partitioning=false)")
+def _view(con: "duckdb.DuckDBPyConnection", name: str, schema: pa.Schema, files: dict[str | None, list[Path]]) -> None:
+    selects = [
+        f"select {f'{_quoted(run)} as run, ' if run is not None else ''}* "
+        f"from read_parquet([{', '.join(map(_quoted, paths))}], hive_partitioning=false)"
+        for run, paths in files.items()
+        if paths
+    ]
+    if selects:
+        con.execute(f"create view {name} as {' union all by name '.join(selects)}")
     else:
-        con.execute(f"create table {name} ({columns})")
+        schema = schema if None in files else schema.insert(0, pa.field("run", pa.string()))
+        con.register(name, schema.empty_table())  # not a DuckDB table, which a select could insert into
 
 
-def connect(run: Path | str) -> "duckdb.DuckDBPyConnection":
-    """A DuckDB connection with one read-only view for each table of the run; nothing outside the run can be reached.
+def _quoted(text: object) -> str:
+    return "'" + str(text).replace("'", "''") + "'"
 
-    UserError if the folder is no run or a listed part is missing or truncated.
+
+def connect(*runs: Path | str) -> "duckdb.DuckDBPyConnection":
+    """A DuckDB connection with one read-only view for each table of the runs; nothing outside them can be reached.
+
+    UserError if a folder is no run or a listed part is missing or truncated.
     """
-    root = Path(run).resolve()
-    if not (root / "recipe.toml").exists():
-        raise UserError(f"{run}: not a run folder (no recipe.toml in it). A run begins with `dypo ingest RECIPE.toml`")
-    con = open_views(root)
-    con.execute("set allowed_directories = ['" + str(root).replace("'", "''") + "/']")
+    roots = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    for run, root in zip(runs, roots, strict=False):
+        if not (root / "recipe.toml").exists():
+            raise UserError(f"{run}: not a run folder (no recipe.toml in it). A run begins with `dypo ingest RECIPE.toml`")
+    con = open_views(*roots)
+    con.execute(f"set allowed_directories = [{', '.join(_quoted(f'{root}/') for root in roots)}]")
     con.execute("set enable_external_access = false")
     con.execute("set lock_configuration = true")
     return con

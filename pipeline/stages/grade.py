@@ -105,9 +105,7 @@ def grade_now(ctx: Context, round: int) -> tuple[pa.Table, pa.Table]:
     _need_inputs(ctx, round)
     con = _connection(ctx, round, _fitting_traces(ctx, round))
     grades = _grade_rows(ctx, round, con)
-    con.execute("drop view if exists grades")
-    con.execute("drop table if exists grades")
-    con.register("grades", grades)
+    con.register("grades", grades)  # stands before the view of what is stored
     return grades, _shard_rows(ctx, round, con)
 
 
