@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 VVENV  := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden golden-record slow real bench-trainer docs clean
+.PHONY: help demo test check golden golden-record slow real bench-trainer bench-score docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ real: $(VENV)/ready-real  ## a real language model, real problems, two real teac
 
 bench-trainer: $(VENV)/ready-bench  ## our step against TRL's GRPOTrainer, on one core; docs/performance.md says what it shows
 	$(BIN)/python -m tests.bench.trainer $(ARGS)
+
+bench-score: $(VENV)/ready  ## math verdicts against plain math-verify, on the same rows and processes
+	$(BIN)/python -m tests.bench.score $(ARGS)
 
 tiny-policy: $(VENV)/ready  ## make the embedded policy and its problems again (docs in data/tiny_policy)
 	$(BIN)/python data/make_tiny_policy.py

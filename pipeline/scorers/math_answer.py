@@ -8,10 +8,10 @@ products of letters, so anagrams are equal; use `exact` for words.
 
 import logging
 import re
-from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
+from pipeline.scorers import plain_math
 from pipeline.scorers.base import Verdict, gold_bad, judged, last_boxed, unparseable
 
 VERSION = 1
@@ -24,7 +24,7 @@ def bad_gold(answer: str) -> str | None:
         return "the gold answer is empty"
     if len(answer) > GOLD_CHARS:
         return f"the gold answer has {len(answer)} characters, more than {GOLD_CHARS}"
-    if _number(_normalised(answer)) is None and not _parsed_gold(answer):
+    if plain_math.read(_normalised(_unwrapped(answer))) is None and not _parsed_gold(answer):
         return f"math-verify cannot parse the gold answer: {answer[:60]!r}"
     return None
 
@@ -42,13 +42,26 @@ def score(text: str, answer: str) -> Verdict:
 
 @lru_cache(maxsize=8192)  # wrong answers are the slow ones, and a prompt's rollouts repeat them
 def _verified_box(content: str, answer: str) -> Verdict:
-    return _verified(f"\\boxed{{{content}}}", answer)
+    return _compared(_parsed_box(content), answer)
+
+
+@lru_cache(maxsize=8192)
+def _parsed_box(content: str) -> list[Any]:
+    return _parsed(f"\\boxed{{{content}}}")
+
+
+def _parsed(tail: str) -> list[Any]:
+    parse, _ = _math_verify()
+    return parse(tail, parsing_timeout=None, raise_on_error=True)
 
 
 def _verified(tail: str, answer: str) -> Verdict:
     """math-verify's verdict."""
-    parse, verify = _math_verify()
-    found = parse(tail, parsing_timeout=None, raise_on_error=True)
+    return _compared(_parsed(tail), answer)
+
+
+def _compared(found: list[Any], answer: str) -> Verdict:
+    _, verify = _math_verify()
     strings = [each for each in found if isinstance(each, str)]
     extracted = strings[0] if strings else None
     if not found:
@@ -61,18 +74,14 @@ def _verified(tail: str, answer: str) -> Verdict:
 
 
 def _quick(content: str, answer: str) -> Verdict | None:
-    """The verdict where the box settles it without sympy: the same string, or two plain numbers."""
+    """The verdict where the box settles it without sympy: the same string, or two plain answers."""
     gold, found = _normalised(_unwrapped(answer)), _normalised(content)
     if not found:
         return None
     if gold == found:
         return judged(True, content)
-    gold_number, found_number = _number(gold), _number(found)
-    if gold_number is None or found_number is None:
-        return None
-    if gold_number != found_number and abs(gold_number - found_number) < Decimal("0.00001"):
-        return None  # math-verify rounds to six places: its decision
-    return judged(gold_number == found_number, content)
+    same = plain_math.decide(plain_math.read(gold), plain_math.read(found))
+    return None if same is None else judged(same, content)
 
 
 _AFTER_BOX = re.compile(r"\s*(?:\$\$?|\\\]|\\\))?\s*(?:[.!,;*\n]|$|[A-Za-z](?!ercent|ct\b))")
@@ -103,7 +112,6 @@ def _box_stands_alone(tail: str, box: tuple[int, int, str]) -> bool:
 _MATH = ("$", "\\(", "\\[", "\\boxed")
 
 _NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,!;: ]|\s+|\\displaystyle(?![a-z])")
-_PLAIN = re.compile(r"-?(?:\d{1,12}|[1-9]\d{0,2}(?:,\d{3}){1,3})(?:\.\d{1,12})?")
 
 
 def _unwrapped(answer: str) -> str:
@@ -118,12 +126,6 @@ def _unwrapped(answer: str) -> str:
 def _normalised(answer: str) -> str:
     plain = _NOISE.sub("", answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
     return plain.removesuffix(".")
-
-
-def _number(normalised: str) -> Decimal | None:
-    if _PLAIN.fullmatch(normalised):
-        return Decimal(normalised.replace(",", ""))
-    return None
 
 
 @lru_cache(maxsize=4096)  # a prompt's k rollouts share one gold answer

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from pipeline.scorers import math_answer
+from tests.bench import score
 from tests.bench.case import CASES, EOS, PAD, Case, make_model, make_shards, same_update, useful_flop
 from tests.bench.machine import peak_mb, reset_peak, resident_mb
 from tests.bench.ours import Ours, sampled_by
@@ -104,3 +106,13 @@ def test_a_pinned_process_has_one_core_and_one_thread() -> None:
     code = "from tests.bench.machine import pin\npin()\nimport os, torch\nprint(len(os.sched_getaffinity(0)), torch.get_num_threads())"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["1", "1"]
+
+
+def test_the_scoring_rows_hold_every_kind_of_answer_and_both_sides_judge_a_sample_alike() -> None:
+    made = score.rows(60, seed=1)
+    assert len(made) == 480
+    assert 0.05 < sum("boxed" not in text for text, _ in made) / len(made) < 0.15
+    sample = made[::16]
+    ours = [math_answer.score(text, gold).correct for text, gold in sample]
+    assert ours == [score.plain(row) for row in sample]
+    assert set(ours) == {True, False}

@@ -1,0 +1,129 @@
+"""What is decided without sympy is what math-verify decides: thousands of pairs, and the cases that once differed."""
+
+import random
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.scorers import math_answer
+from pipeline.scorers.plain_math import Value, decide, read
+
+WORDS = ("east", "west", "seat", "eats", "odd", "even", "monday", "red", "pie", "exp", "sin", "log", "max", "tan", "sqrt", "true",
+         "false", "yes", "none", "six", "ten", "kilometers", "degrees", "cube", "units")  # fmt: skip
+
+
+def number(r: random.Random) -> str:
+    return r.choice(
+        [
+            str(r.randint(-30, 30)), f"{r.randint(-30, 30)}.{r.randint(0, 9)}", f"{r.randint(0, 30)}.{r.randint(0, 99):02d}0",
+            f"{r.randint(1, 99)},{r.randint(0, 999):03d}", str(r.randint(0, 10**7)), f"0{r.randint(0, 9)}",
+        ]
+    )  # fmt: skip
+
+
+def ratio(r: random.Random) -> str:
+    a, b = r.randint(0, 12), r.randint(1, 12)
+    spellings = [rf"\frac{{{a}}}{{{b}}}", rf"\frac{{-{a}}}{{{b}}}", rf"-\frac{{{a}}}{{{b}}}", f"{a}/{b}", f"-{a}/{b}"]
+    return r.choice([*spellings, rf"\dfrac{{{a}00}}{{{b}00}}"])
+
+
+def root(r: random.Random) -> str:
+    return rf"{r.choice(['', '-', '0', '2', '5', '-3'])}\sqrt{{{r.choice([0, 1, 2, 3, 4, 5, 8, 9, 12, 18, 20, 45, 50])}}}"
+
+
+def small(r: random.Random) -> str:
+    spellings = [str(r.randint(-4, 4)), "0.5", "-1.5", rf"\frac{{{r.randint(-3, 3)}}}{{{r.randint(1, 3)}}}"]
+    return r.choice([*spellings, rf"{r.choice(['', '2', '-'])}\sqrt{{{r.choice([2, 3, 4, 8])}}}"])
+
+
+def braces(r: random.Random) -> str:
+    return r"\{" + ", ".join(small(r) for _ in range(r.randint(1, 3))) + r"\}"
+
+
+def interval(r: random.Random) -> str:
+    return r.choice(["(", "[", r"\left["]) + small(r) + r.choice([",", ", "]) + small(r) + r.choice([")", "]", r"\right)"])
+
+
+def word(r: random.Random) -> str:
+    return rf"\text{{{r.choice(WORDS)}}}"
+
+
+KINDS = [number, ratio, root, small, small, braces, braces, interval, interval, word]
+
+
+def pairs(count: int, seed: int) -> list[tuple[str, str, bool]]:
+    """(gold, found, our decision) of pairs that are decided here."""
+    r, made = random.Random(seed), []
+    while len(made) < count:
+        kind = r.choice(KINDS)
+        gold = kind(r)
+        found = gold if r.random() < 0.2 else r.choice([kind, kind, kind, small])(r)
+        decision = decide(*(read(math_answer._normalised(answer)) for answer in (gold, found)))
+        if decision is not None:
+            made.append((gold, found, decision))
+    return made
+
+
+def differing(made: list[tuple[str, str, bool]]) -> list[tuple[str, str, bool]]:
+    return [(g, f, said) for g, f, said in made if math_answer._verified(f"\\boxed{{{f}}}", g).correct != said]
+
+
+def test_what_is_decided_is_what_math_verify_decides() -> None:
+    made = pairs(300, seed=0)
+    assert min(Counter(said for *_, said in made).values()) > 60
+    assert differing(made) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_is_decided_is_what_math_verify_decides_on_5000_pairs() -> None:
+    made = pairs(5000, seed=1)
+    kinds = Counter((read(math_answer._normalised(g)).kind, said) for g, _, said in made)  # type: ignore[union-attr]
+    assert {kind for kind, _ in kinds} == {"number", "set", "interval", "word"}
+    assert min(kinds.values()) > 20
+    assert differing(made) == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "found"),
+    [
+        (r"\text{and}", r"\text{and}"),  # a comma to math-verify
+        (r"\text{percent}", r"\text{percent}"),  # a sign of its own
+        (r"\text{inf}", r"\text{infinity}"),  # the same to it
+        (r"\text{east}", r"\text{seat}"),  # a product of letters, so the same to it
+        (r"(1,2)", r"[1,2]"),  # a point, or an interval
+        (r"\{1,200\}", r"\{1200\}"),  # a comma of thousands, or two numbers
+        (r"(2,1)", r"(1,2)"),
+        ("0.333333", r"\frac{1}{3}"),  # equal in six places
+        ("1234567890.5", "1234567890.6"),  # too large for six places
+        (r"\frac{1}{0}", "1"),
+        (r"2\frac{1}{3}", r"\frac{7}{3}"),
+        ("x", "x"),
+        ("3", r"\{3\}"),
+        ("50", r"50\%"),
+    ],
+)
+def test_where_there_is_doubt_nothing_is_decided(gold: str, found: str) -> None:
+    assert decide(read(gold), read(found)) is None
+
+
+@settings(deadline=None)
+@given(st.integers(-999, 999), st.integers(0, 9999))
+def test_a_root_is_its_own_value_and_square_free(outside: int, inside: int) -> None:
+    found = read(rf"{outside}\sqrt{{{inside}}}")
+    assert found is not None
+    (value,) = found.values
+    assert float(value) == pytest.approx(outside * inside**0.5)
+    assert all(value.radicand % (n * n) for n in range(2, 100))
+    assert (value.coefficient == 0) == (outside * inside == 0)
+
+
+@given(st.fractions(max_denominator=10**6))
+def test_a_fraction_is_exact(value: Fraction) -> None:
+    found = read(rf"\frac{{{value.numerator}}}{{{value.denominator}}}")
+    if abs(value.numerator) < 10**9:
+        assert found is not None
+        assert found.values == (Value(value),)
