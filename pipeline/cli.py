@@ -19,6 +19,7 @@ from schemas.errors import DypoError, Reported, UserError, WorkError
 if TYPE_CHECKING:
     from pipeline.context import Context
     from pipeline.stage import Outcome
+    from pipeline.what_if import WhatIf
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -211,10 +212,9 @@ def grade(
     from pipeline.stages import grade as stage
 
     if what_if:
-        from pipeline.context import load
+        from pipeline.what_if import what_if as compare
 
-        ctx = load(target, set)
-        return _show_what_if(ctx, ctx.newest_round() if round is None else round, what_if, as_json)
+        return _show_what_if(compare(target, set or [], round, what_if), as_json)
     with _writing(target, set) as ctx:
         _tell(stage.run(ctx, ctx.newest_round() if round is None else round), as_json)
 
@@ -478,19 +478,16 @@ def _summary(ctx: "Context", report: Path) -> None:
         print(f'  dypo sql {run} "{text}"')
 
 
-def _show_what_if(ctx: "Context", round: int, settings: list[str], as_json: bool) -> None:
+def _show_what_if(found: "WhatIf", as_json: bool) -> None:
     """Prompts by where they go now and then, what each route trains on, and how many change."""
     import pyarrow as pa
 
     from pipeline import shell
-    from pipeline.what_if import what_if
 
-    found = what_if(ctx, round, settings)
     if as_json:
         return print(json.dumps(vars(found)))
-    print(
-        f"round {round} with {', '.join(settings)}: {len(found.changed)} of {found.prompts} prompts change (nothing was written)\n"
-    )
+    asked, changed = ", ".join(found.settings), len(found.changed)
+    print(f"round {found.round} with {asked}: {changed} of {found.prompts} prompts change (nothing was written)\n")
     for rows in (found.moves, found.routes):
         shell.show(pa.Table.from_pylist(rows), False)
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from pipeline.store import ask
@@ -38,7 +38,9 @@ def query(con: "duckdb.DuckDBPyConnection", text: str, timeout: float = 600.0) -
         try:
             return running.result(timeout)
         except (KeyboardInterrupt, TimeoutError) as e:
-            con.interrupt()
+            while not running.done():  # an interrupt that comes while a query is planned is lost
+                con.interrupt()
+                wait([running], 0.05)
             if isinstance(e, TimeoutError):
                 raise WorkError(
                     f"sql: no result within {timeout:g} s, so it was stopped; --timeout sets another limit"

@@ -58,7 +58,7 @@ class Partition:
             return None
         try:
             manifest = Manifest.model_validate_json(path.read_text())
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             raise UserError(f"{path}: not a manifest of ours ({e}). {_way_out(self)}") from None
         if manifest.schema_version > SCHEMA_VERSION:
             raise UserError(
@@ -223,10 +223,21 @@ def partitions(run: Path, table: str) -> list[Partition]:
     for path in root.rglob(MANIFEST) if root.exists() else []:
         if any(p.startswith(".") for p in path.relative_to(root).parts):
             continue  # what a killed writer left behind
-        pairs = [p.split("=", 1) for p in path.parent.relative_to(root).parts]
-        numbers = ("round", "step")
-        found.append(Partition(run, table, tuple((k, int(v) if k in numbers else v) for k, v in pairs)))
+        keys = keys_of(table, path.parent.relative_to(root))
+        if keys is not None:
+            found.append(Partition(run, table, keys))
     return sorted(found, key=lambda p: [(k, v if isinstance(v, int) else 0, str(v)) for k, v in p.keys])
+
+
+def keys_of(table: str, folder: Path) -> tuple[tuple[str, str | int], ...] | None:
+    """The keys that a folder under the table's says, as `round=0/step=2` does; None for a folder that is no partition's."""
+    pairs = [tuple(part.split("=", 1)) for part in folder.parts]
+    names = [pair[0] for pair in pairs]
+    if any(len(pair) < 2 for pair in pairs) or names != [k for k in PARTITION_KEYS[table] if k in names]:
+        return None
+    if not all(pair[1].isdecimal() for pair in pairs if pair[0] in ("round", "step")):
+        return None
+    return tuple((k, int(v) if k in ("round", "step") else v) for k, v in pairs)
 
 
 # ---------------------------------------------------------------- SQL
@@ -292,8 +303,10 @@ def connect(*runs: Path | str) -> "duckdb.DuckDBPyConnection":
 
     UserError if a folder is no run or a listed part is missing or truncated.
     """
-    roots = list(dict.fromkeys(Path(run).resolve() for run in runs))
-    for run, root in zip(runs, roots, strict=False):
+    roots = [Path(run).resolve() for run in runs]
+    for run, root in zip(runs, roots, strict=True):
+        if roots.count(root) > 1:
+            raise UserError(f"{run}: the same run is named twice")
         if not (root / "recipe.toml").exists():
             raise UserError(f"{run}: not a run folder (no recipe.toml in it). A run begins with `dypo ingest RECIPE.toml`")
     con = open_views(*roots)

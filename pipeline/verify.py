@@ -1,12 +1,13 @@
 """`dypo verify`: every file of a run held against the manifests. Reads all of it, writes nothing.
 
     missing, altered    what a manifest lists is gone, or has other bytes (size first, then sha256)
-    unreadable          a manifest that says nothing
+    unreadable          a manifest that says nothing, or a file that the disk does not give
     orphan              a file among the tables that no manifest lists and no stage will count in
     unfinished          whole parts of a stage that was cut off: its next run counts them in
     left over           what a killed writer left under a temporary name: swept by the next run
+    older copy          of a superseded partition, set aside when the next one came
 
-One idea: the first four are harm, the last two are how a run looks that was killed. Superseded partitions are looked at too:
+One idea: the first four are harm, the others are how a run looks that was killed or changed. Superseded partitions are looked at too:
 going back to their settings brings them back. Left out: whether rows are stale, which `dypo status` tells; a manifest's own bytes, but for whether it
 can be read.
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.store import MANIFEST, PARTITION_KEYS, part_fingerprint, partitions
+from pipeline.store import MANIFEST, PARTITION_KEYS, keys_of, part_fingerprint, partitions
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 
@@ -33,7 +34,7 @@ class Found:
 
 @dataclass
 class Checked:
-    """What was looked at so far: complete partitions, files that their manifests list, and the bytes of those."""
+    """Complete partitions met so far, and the files and bytes that their manifests list."""
 
     partitions: int = 0
     files: int = 0
@@ -58,16 +59,23 @@ def verify(run: Path, checked: Checked) -> Iterator[Found]:
                     checked.partitions += 1
                     checked.files += len(manifest.parts)
                     checked.bytes += sum(each.bytes for each in manifest.parts)
-                    for kind, path, say in part.harm(manifest, hashed=True):
-                        yield Found(kind, str(path), say)
+                    try:
+                        for kind, path, say in part.harm(manifest, hashed=True):
+                            yield Found(kind, str(path), say)
+                    except OSError as e:
+                        yield Found("unreadable", str(e.filename or part.folder), f"cannot be read ({e.strerror or e})")
             yield from _unlisted(root / table, listed)
 
 
 def _unlisted(root: Path, manifests: dict[Path, Manifest | None]) -> Iterator[Found]:
     """Files under a table's folder that no manifest names."""
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        if any(word.startswith(".") for word in path.relative_to(root).parts):
-            yield Found("left over", str(path), "from a writer that was killed; the stage's next run sweeps it")
+        hidden = [word for word in path.relative_to(root).parts if word.startswith(".")]
+        if hidden:
+            if hidden[0].endswith(".tmp"):
+                yield Found("left over", str(path), "from a writer that was killed; the stage's next run sweeps it")
+            elif path.name == MANIFEST:
+                yield Found("older copy", str(path.parent), "of a superseded partition: kept, and not looked at here")
             continue
         home = next((folder for folder in path.parents if folder in manifests), None)
         manifest = manifests[home] if home is not None else None
@@ -75,13 +83,14 @@ def _unlisted(root: Path, manifests: dict[Path, Manifest | None]) -> Iterator[Fo
         if home is not None and (manifest is None or name == MANIFEST or name in {part.name for part in manifest.parts}):
             continue
         wanted = manifest.fingerprint if manifest is not None else None
-        yield _loose(path, wanted)
+        place = keys_of(root.name, path.parent.relative_to(root)) is not None
+        yield _loose(path, wanted, place)
 
 
-def _loose(path: Path, wanted: str | None) -> Found:
-    """A part beside a manifest counts if it was written under the same fingerprint; without a manifest any whole part does."""
+def _loose(path: Path, wanted: str | None, place: bool) -> Found:
+    """A part beside a manifest counts if it was written under the same fingerprint; without a manifest, in a partition's `place`."""
     told = "no manifest lists it"
-    if path.match("part-*.parquet"):
+    if place and path.match("part-*.parquet"):
         try:
             fingerprint = part_fingerprint(path)
         except UserError as e:

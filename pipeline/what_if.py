@@ -6,6 +6,7 @@ was sampled shows as `incomplete_group`).
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from pipeline.context import Context, load
 from pipeline.stages.grade import grade_now
 from pipeline.store import ask, sql
 from schemas.errors import UserError
+from schemas.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,25 @@ class WhatIf:
     changed: list[dict[str, Any]]
 
 
-def with_settings(ctx: Context, settings: list[str]) -> Context:
-    """The run's context with KEY=VALUE settings: a recipe key, or `k` for rollouts.k, or `teachers` as names with commas.
+def with_settings(target: Path, overrides: list[str], settings: list[str]) -> Context:
+    """`load(target, overrides)` with KEY=VALUE settings: a recipe key, `k` for rollouts.k, `teachers` as names with commas.
 
-    UserError for a key that is none, or a teacher that the recipe does not have.
+    UserError for a key that is none or that no grading reads, or a teacher that the recipe does not have.
     """
+    for item in settings:
+        if "=" not in item:
+            raise UserError(f"--what-if {item}: expected KEY=VALUE, for example --what-if grade.easy_max_failures=1")
     plain = [f"rollouts.{item}" if item.startswith("k=") else item for item in settings if not item.startswith("teachers=")]
-    then = load(ctx.run, plain)
+    then = load(target, [*overrides, *plain])
+    if _ungraded(then.recipe) != _ungraded(load(target, overrides).recipe):
+        raise UserError(
+            f"--what-if {', '.join(settings)}: a grading reads grade.*, k, teachers, train.method.query and "
+            "train.method.grpo.advantage and eps, and nothing else; what another key would do, `dypo plan --set KEY=VALUE` says"
+        )
+    known = {t.name: t for t in then.recipe.teachers}
     for item in settings:
         if item.startswith("teachers="):
             names = [name.strip() for name in item.removeprefix("teachers=").split(",") if name.strip()]
-            known = {t.name: t for t in then.recipe.teachers}
             if unknown := sorted(set(names) - set(known)):
                 raise UserError(f"--what-if {item}: no teacher {', '.join(unknown)}; the recipe has {', '.join(known)}")
             kept = [known[name] for name in known if name in names]
@@ -46,12 +56,27 @@ def with_settings(ctx: Context, settings: list[str]) -> Context:
     return then
 
 
-def what_if(ctx: Context, round: int, settings: list[str]) -> WhatIf:
-    """Grades the round as the recipe says and as it would with `settings`, and compares."""
+def _ungraded(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe no grading or routing reads."""
+    return recipe.model_dump(
+        mode="json",
+        exclude={
+            "grade": True,
+            "teachers": True,
+            "rollouts": {"k"},
+            "train": {"method": {"query": True, "grpo": {"advantage", "eps"}}},
+        },
+    )
+
+
+def what_if(target: Path, overrides: list[str], round: int | None, settings: list[str]) -> WhatIf:
+    """Grades a round (None: the newest) of a recipe or run as it says, and as it would with `settings`, and compares."""
     import duckdb
 
+    now, then = load(target, overrides), with_settings(target, overrides, settings)
+    round = now.newest_round() if round is None else round
     con = duckdb.connect()
-    for name, each in (("now", ctx), ("then", with_settings(ctx, settings))):
+    for name, each in (("now", now), ("then", then)):
         grades, shards = grade_now(each, round)
         con.register(f"grades_{name}", grades)
         con.register(f"shards_{name}", shards)

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.scorers import plain_math
 from pipeline.scorers.base import Verdict, gold_bad, judged, last_boxed, unparseable
 
-VERSION = 1
+VERSION = 2  # 2: digits with a space between are not one number, and several boxes are math-verify's to read
 TAIL_CHARS = 20_000  # the answer stands at the end; math-verify's patterns slow down on long texts
 GOLD_CHARS = 5_000
 
@@ -24,7 +24,7 @@ def bad_gold(answer: str) -> str | None:
         return "the gold answer is empty"
     if len(answer) > GOLD_CHARS:
         return f"the gold answer has {len(answer)} characters, more than {GOLD_CHARS}"
-    if plain_math.read(_normalised(_unwrapped(answer))) is None and not _parsed_gold(answer):
+    if _plain(_unwrapped(answer)) is None and not _parsed_gold(answer):
         return f"math-verify cannot parse the gold answer: {answer[:60]!r}"
     return None
 
@@ -42,7 +42,10 @@ def score(text: str, answer: str) -> Verdict:
 
 @lru_cache(maxsize=8192)  # wrong answers are the slow ones, and a prompt's rollouts repeat them
 def _verified_box(content: str, answer: str) -> Verdict:
-    return _compared(_parsed_box(content), answer)
+    found = _parsed_box(content)
+    if found and all(isinstance(each, str) for each in found):  # a string equals strings only, and equal ones were decided
+        return unparseable("math-verify cannot parse the answer", found[0])
+    return _compared(found, answer)
 
 
 @lru_cache(maxsize=8192)
@@ -75,12 +78,12 @@ def _compared(found: list[Any], answer: str) -> Verdict:
 
 def _quick(content: str, answer: str) -> Verdict | None:
     """The verdict where the box settles it without sympy: the same string, or two plain answers."""
-    gold, found = _normalised(_unwrapped(answer)), _normalised(content)
-    if not found:
+    gold = _unwrapped(answer)
+    if not _normalised(content) or _ambiguous(gold) or _ambiguous(content):
         return None
-    if gold == found:
+    if _normalised(gold) == _normalised(content):
         return judged(True, content)
-    same = plain_math.decide(plain_math.read(gold), plain_math.read(found))
+    same = plain_math.decide(_plain(gold), _plain(content))
     return None if same is None else judged(same, content)
 
 
@@ -103,6 +106,7 @@ def _box_stands_alone(tail: str, box: tuple[int, int, str]) -> bool:
         _AFTER_BOX.match(after) is not None
         and _BEFORE_BOX.search(before) is not None
         and _JOINED.search(before) is None
+        and "\\boxed" not in tail[:start]  # of several it may take all, as a set
         and "I hope" not in tail[:start]  # "The final answer is 3. I hope it is correct." outranks every box
         and "answer" not in after.lower()
         and not any(mark in after.lstrip(" ").removeprefix("$$").removeprefix("$") for mark in _MATH)
@@ -111,6 +115,10 @@ def _box_stands_alone(tail: str, box: tuple[int, int, str]) -> bool:
 
 _MATH = ("$", "\\(", "\\[", "\\boxed")
 
+_SPACE = r"(?:\s|\\[,!;: ])"
+_SPACED = re.compile(rf"[A-Za-z\d.\\]{_SPACE}+[A-Za-z\d.]|[A-Za-z]{_SPACE}+[{{}}(\[]|\\text\{{{_SPACE}")
+_LISTED = re.compile(rf"\d,{_SPACE}+\d")
+_BRACKETED = re.compile(r"\s*(?:\\left\s*)?(?:\\\{|[(\[])")
 _NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,!;: ]|\s+|\\displaystyle(?![a-z])")
 
 
@@ -121,6 +129,15 @@ def _unwrapped(answer: str) -> str:
     if len(stripped) > 2 and stripped[0] == stripped[-1] == "$" and "$" not in stripped[1:-1]:
         return stripped[1:-1]
     return stripped
+
+
+def _plain(answer: str) -> plain_math.Plain | None:
+    return None if _ambiguous(answer) else plain_math.read(_normalised(answer))
+
+
+def _ambiguous(answer: str) -> bool:
+    """Whether letters or digits would run together that had a space between, as in 1 1/2, or a list pass for a number: 2, 345."""
+    return _SPACED.search(answer) is not None or (_LISTED.search(answer) is not None and not _BRACKETED.match(answer))
 
 
 def _normalised(answer: str) -> str:

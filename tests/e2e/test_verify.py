@@ -31,7 +31,7 @@ def test_a_run_as_it_was_made_is_whole_and_every_file_of_its_tables_was_read(und
     assert json.loads(said[-1]) == {"harmed": 0, **vars(checked)}
 
 
-def test_one_flipped_bit_in_any_file_is_found_and_only_there(a_copy: Path) -> None:
+def test_one_flipped_bit_in_any_listed_file_or_a_broken_manifest_is_found_and_only_there(a_copy: Path) -> None:
     rng = random.Random(0)
     for path in files(a_copy):
         data = path.read_bytes()
@@ -82,6 +82,21 @@ def test_superseded_rows_are_looked_at_too(a_copy: Path) -> None:
     assert found(a_copy) == []
     old.write_bytes(old.read_bytes() + b"x")
     assert found(a_copy) == [("altered", str(old.relative_to(a_copy)))]
+
+
+@pytest.mark.parametrize("name", ["round=0.bak", "backup"])
+def test_a_copied_partition_folder_is_an_orphan_and_breaks_nothing(a_copy: Path, name: str) -> None:
+    shutil.copytree(a_copy / "rollouts" / "round=0", a_copy / "rollouts" / name)
+    kinds = {kind for kind, path in found(a_copy)}
+    assert kinds == {"orphan"}
+    assert all(path.startswith(f"rollouts/{name}/") for _, path in found(a_copy))
+    assert dypo("sql", a_copy, "select count(*) as n from rollouts where round = 0", "--json").stdout == '{"n": 160}\n'
+
+
+def test_an_older_copy_of_a_superseded_partition_is_named_and_no_harm(a_copy: Path) -> None:
+    kept = a_copy / "superseded" / "score" / "set_aside" / "scores" / ".round=0.1"
+    shutil.copytree(a_copy / "rollouts" / "round=0", kept)
+    assert found(a_copy) == [("older copy", str(kept.relative_to(a_copy)))]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

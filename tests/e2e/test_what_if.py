@@ -6,7 +6,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.context import load
 from pipeline.what_if import what_if
 from schemas.errors import UserError
 from tests.tiny_runs import dypo, table
@@ -52,26 +51,32 @@ def test_the_answer_is_what_the_grading_then_does_and_nothing_was_touched(a_copy
 
 
 def test_fewer_teachers_leave_hard_prompts_with_fewer_traces_or_none(a_copy: Path) -> None:
-    found = what_if(load(a_copy), 0, ["teachers=noisy"])
+    found = what_if(a_copy, [], 0, ["teachers=noisy"])
     (sft,) = [row for row in found.routes if row["route"] == "sft"]
     shards = table(a_copy, "shards").filter((pl.col("round") == 0) & (pl.col("route") == "sft"))
     assert sft["sequences_now"] == shards.height
     assert sft["sequences_then"] == shards.filter(pl.col("teacher") == "noisy").height < shards.height
     assert {(row["reason_now"], row["reason_then"]) for row in found.changed} <= {("sft", "no_verified_trace")}
-    same = what_if(load(a_copy), 0, ["teachers=left,noisy"])
+    same = what_if(a_copy, [], 0, ["teachers=left,noisy"])
     assert same.changed == []
+
+
+def test_what_is_set_holds_on_both_sides(a_copy: Path) -> None:
+    asked = "grade.easy_max_failures=1"
+    assert what_if(a_copy, [], 0, [asked]).changed != []
+    assert what_if(a_copy, [asked], 0, [asked]).changed == []
 
 
 def test_a_query_of_the_users_own_is_tried_out(a_copy: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.sql"
     mine.write_text(Path("pipeline/sql/grade.sql").read_text().replace("then 'hard'\n", "then 'mid'\n"))
-    found = what_if(load(a_copy), 0, [f"grade.query={mine}"])
+    found = what_if(a_copy, [], 0, [f"grade.query={mine}"])
     assert {row["grade_then"] for row in found.moves} == {"easy", "mid"}
     assert {row["grade_now"] for row in found.changed} == {"hard"}
 
 
 def test_more_samples_than_there_are_show_as_incomplete_groups(a_copy: Path) -> None:
-    found = what_if(load(a_copy), 0, ["k=8"])
+    found = what_if(a_copy, [], 0, ["k=8"])
     assert {row["reason_then"] for row in found.moves} == {"incomplete_group"}
     assert [row["prompts_then"] for row in found.routes] == [0] * len(found.routes)
 
@@ -88,9 +93,11 @@ def test_the_terminal_shows_where_prompts_go(undisturbed: Path) -> None:
     [
         ("teachers=left,nobody", "no teacher nobody; the recipe has left, noisy"),
         ("grade.easy_max_failure=1", "easy_max_failures"),
-        ("k", "expected dotted.key=value"),
+        ("k", "--what-if k: expected KEY=VALUE"),
+        ("rollouts.temperature=0.5", "a grading reads grade.*, k, teachers"),
+        ("train.method.alpha=0.25", "a grading reads grade.*, k, teachers"),
     ],
 )
 def test_what_is_no_setting_is_refused(undisturbed: Path, asked: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        what_if(load(undisturbed), 0, [asked])
+        what_if(undisturbed, [], 0, [asked])

@@ -180,5 +180,7 @@ def test_one_query_over_two_runs_tells_them_apart(tmp_path: Path) -> None:
     con = connect(tmp_path / "a", tmp_path / "b")
     assert query(con, "select run from rollouts").to_pylist() == []
     assert "run" not in query(connect(tmp_path / "a"), "from metrics").column_names
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match=r"c: not a run folder"):
         connect(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(UserError, match="the same run is named twice"):
+        connect(tmp_path / "a", tmp_path / "a")

@@ -47,6 +47,11 @@ def interval(r: random.Random) -> str:
     return r.choice(["(", "[", r"\left["]) + small(r) + r.choice([",", ", "]) + small(r) + r.choice([")", "]", r"\right)"])
 
 
+def spaced(text: str, r: random.Random) -> str:
+    """Now and then a space, or a command for one, after a character."""
+    return "".join(ch + (r.choice([" ", r"\,", "\\ ", "  "]) if r.random() < 0.15 else "") for ch in text)
+
+
 def word(r: random.Random) -> str:
     return rf"\text{{{r.choice(WORDS)}}}"
 
@@ -77,6 +82,20 @@ def test_what_is_decided_is_what_math_verify_decides() -> None:
     assert differing(made) == []
 
 
+def test_a_space_anywhere_changes_no_verdict() -> None:
+    r, quick = random.Random(5), 0
+    for _ in range(250):
+        kind = r.choice(KINDS)
+        gold = kind(r)
+        found = gold if r.random() < 0.4 else r.choice([kind, kind, small])(r)
+        gold, found = (spaced(gold, r), found) if r.random() < 0.3 else (gold, spaced(found, r))
+        if math_answer.bad_gold(gold) is None:
+            text = f"So \\boxed{{{found}}}."
+            assert math_answer.score(text, gold).correct == math_answer._verified(text, gold).correct, (gold, found)
+            quick += math_answer._quick(found, gold) is not None
+    assert quick > 80
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_what_is_decided_is_what_math_verify_decides_on_5000_pairs() -> None:
@@ -85,6 +104,29 @@ def test_what_is_decided_is_what_math_verify_decides_on_5000_pairs() -> None:
     assert {kind for kind, _ in kinds} == {"number", "set", "interval", "word"}
     assert min(kinds.values()) > 20
     assert differing(made) == []
+
+
+SPACED = [
+    ("5.5", "1 1/2"), ("11/2", "1 1/2"), (r"\sqrt{12}", r"\sqrt{1 2}"), (r"\frac{11}{2}", r"\frac{1 1}{2}"), (r"\{12\}", r"\{1 2\}"),
+    ("[1 0,20]", "[10,20]"), ("12", "1 2"), ("10100", "10, 100"), ("2,345", "2, 345"), ("1000000", r"1\,000\,000"), ("1 2", "12"),
+    ("10, 100", "10, 100"), (r"\{1, 2\}", r"\{ 2,\,1 \}"), ("[1, 20)", r"\left[ 1,20 \right)"), ("3 ", " 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "found"), SPACED)
+def test_spaces_between_digits_are_math_verifys_to_read(gold: str, found: str) -> None:
+    """Each was once called the same, or is near one that was."""
+    text = f"So \\boxed{{{found}}}."
+    assert math_answer.score(text, gold).correct == math_answer._verified(text, gold).correct
+
+
+@pytest.mark.parametrize(
+    "before", [r"First \boxed{9}.", r"\boxed{9}. Then ", r"\boxed{3} and so ", r"We have $\boxed{9}$. Thus ", ""]
+)
+@pytest.mark.parametrize(("gold", "found"), [("0.5", r"\frac{1}{2}"), ("7", "7"), (r"\{1,2\}", r"\{2, 1\}")])
+def test_a_box_before_the_last_one_is_math_verifys_to_read(before: str, gold: str, found: str) -> None:
+    text = f"{before}\n\nWait, so the answer is \\boxed{{{found}}}."
+    assert math_answer.score(text, gold).correct == math_answer._verified(text, gold).correct
 
 
 @pytest.mark.parametrize(
