@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.scorers import plain_math
 from pipeline.scorers.base import Verdict, gold_bad, judged, last_boxed, unparseable
 
-VERSION = 2  # 2: digits with a space between are not one number, and several boxes are math-verify's to read
+VERSION = 2  # 2: where digits have a space between, there are several boxes or the box says nothing, math-verify reads
 TAIL_CHARS = 20_000  # the answer stands at the end; math-verify's patterns slow down on long texts
 GOLD_CHARS = 5_000
 
@@ -37,7 +37,8 @@ def score(text: str, answer: str) -> Verdict:
     if box is None or not _box_stands_alone(tail, box):
         return _verified(tail, answer)
     content = box[2].strip().removesuffix(".")  # math-verify cannot parse \boxed{12.}
-    return _quick(content, answer) or _verified_box(content, answer)
+    verdict = _quick(content, answer) or _verified_box(content, answer)
+    return _verified(tail, answer) if verdict.status == "unparseable" else verdict  # it looks on where a box says nothing
 
 
 @lru_cache(maxsize=8192)  # wrong answers are the slow ones, and a prompt's rollouts repeat them

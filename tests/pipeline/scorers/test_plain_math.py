@@ -106,6 +106,13 @@ def test_what_is_decided_is_what_math_verify_decides_on_5000_pairs() -> None:
     assert differing(made) == []
 
 
+@pytest.mark.parametrize("box", ["", " ", "I think so", "?? + !!", r"\sqrt{}"])
+def test_where_the_box_says_nothing_math_verify_looks_on(box: str) -> None:
+    for gold in ("89", "7"):
+        text = f"We get \\[ x = 89 \\] after substitution.\n\n\\boxed{{{box}}}"
+        assert math_answer.score(text, gold).correct == math_answer._verified(text, gold).correct
+
+
 SPACED = [
     ("5.5", "1 1/2"), ("11/2", "1 1/2"), (r"\sqrt{12}", r"\sqrt{1 2}"), (r"\frac{11}{2}", r"\frac{1 1}{2}"), (r"\{12\}", r"\{1 2\}"),
     ("[1 0,20]", "[10,20]"), ("12", "1 2"), ("10100", "10, 100"), ("2,345", "2, 345"), ("1000000", r"1\,000\,000"), ("1 2", "12"),
