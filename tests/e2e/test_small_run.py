@@ -238,3 +238,18 @@ def test_views_show_one_row_for_each_row_on_disk(undisturbed: Path) -> None:
         assert con.execute(f"select count(*) from {name}").fetchall()[0][0] == sum(
             m.rows for p in partitions(undisturbed, name) if (m := p.manifest())
         )
+
+
+def test_after_a_change_of_a_verifier_the_documented_query_tells_which_verdicts_flipped(a_copy: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sql.md").read_text()
+    query = page.split("## Verdicts that flipped")[1].split("```sql\n")[1].split("```")[0]
+    assert dypo("sql", a_copy, query, "--json").stdout == ""
+    before = table(a_copy, "scores").filter((pl.col("kind") == "rollout") & (pl.col("round") == 0))
+    dypo(
+        "score", a_copy, "--round", 0, "--set", "score.verifiers.sum.extract='^[^>]*>([0-9])$'"
+    )  # answers of one digit only
+    after = table(a_copy, "scores").filter((pl.col("kind") == "rollout") & (pl.col("round") == 0))
+    both = before.join(after, on="id", suffix="_now").filter(pl.col("status") != pl.col("status_now"))
+    told = [json.loads(line) for line in dypo("sql", a_copy, query, "--json").stdout.splitlines()]
+    flips = {(row["was"], row["became"]): row["rows"] for row in told if row["kind"] == "rollout" and row["round"] == 0}
+    assert flips == {(was, became): n for was, became, n in both.group_by("status", "status_now").len().rows()} != {}
