@@ -89,15 +89,22 @@ def _leave(code: int) -> None:
 
 @contextmanager
 def _writing(target: Path, overrides: list[str] | None) -> "Iterator[Context]":
-    """A run to write to: recipe parsed, folder locked, recipe saved before anything runs."""
-    from pipeline.context import load, save
+    """A run to write to: recipe parsed, folder locked, recipe saved before anything runs.
+
+    A run's recipe is not changed to one whose files are missing, whatever the stage reads of it.
+    """
+    from pipeline.context import load, resolved
+    from pipeline.flow import refuse_missing_files
     from pipeline.store import lock, publish
 
     ctx = load(target, overrides)
     path = ctx.run / "recipe.toml"
     with lock(ctx.run):
         before = path.read_text() if path.exists() else None
-        save(ctx)
+        if before != (text := resolved(ctx)):
+            if before is not None:  # else the stages say what they need: problems can be read in before there is a model
+                refuse_missing_files(ctx)
+            publish(path, lambda p: p.write_text(text))
         try:
             yield ctx
         except UserError:  # refused: what was set stays out of the run

@@ -9,7 +9,7 @@ from typing import Any
 import tomli_w
 
 from pipeline.policy import policy_id
-from pipeline.store import Partition, partition, partitions, publish
+from pipeline.store import Partition, partition, partitions
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe, parse_recipe
@@ -100,13 +100,9 @@ def load(target: Path, overrides: list[str] | None = None) -> Context:
     return Context(run, recipe.model_copy(update={"run": run}))
 
 
-def save(ctx: Context) -> None:
-    """Writes RUN/recipe.toml as resolved, if it says something else than what is there."""
-    data = ctx.recipe.model_dump(mode="json", exclude_none=True)
-    text = tomli_w.dumps(data)
-    path = ctx.run / "recipe.toml"
-    if not path.exists() or path.read_text() != text:
-        publish(path, lambda p: p.write_text(text))
+def resolved(ctx: Context) -> str:
+    """The recipe as it stands in RUN/recipe.toml."""
+    return tomli_w.dumps(ctx.recipe.model_dump(mode="json", exclude_none=True))
 
 
 def _set(data: dict[str, Any], item: str) -> None:

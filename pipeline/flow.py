@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.context import Context
+from pipeline.policy import check_folder
 from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome
 from pipeline.stages import evaluate, generate, grade, ingest, score, train
@@ -26,7 +27,7 @@ def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Ca
 
 def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:
     """All stages, all rounds; what is there already under the same fingerprint is passed over."""
-    _refuse_early(ctx)
+    refuse_missing_files(ctx)  # a run must not pay for teachers and rollouts first
     yield ingest.run(ctx)
     yield from generate.teachers(ctx, regenerate=regenerate)
     if ctx.recipe.eval.suites:
@@ -38,9 +39,9 @@ def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: 
             yield from evaluate.run(ctx, round, final_step(ctx, round), regenerate=regenerate, reference=reference)
 
 
-def _refuse_early(ctx: Context) -> None:
-    """UserError for files of the recipe that only a late stage reads: a run must not pay for teachers and rollouts first."""
-    _ = ctx.base_policy
+def refuse_missing_files(ctx: Context) -> None:
+    """UserError for a policy, a verifier's file or a query that the recipe names and that is not there."""
+    check_folder(ctx.recipe.policy.model)
     for verifier in ctx.recipe.score.verifiers.values():
         if isinstance(verifier, UserScorer):
             source_hash(verifier)

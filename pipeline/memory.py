@@ -207,7 +207,7 @@ def _kept(model: Model, recipe: Recipe, group: Group) -> float:
 def _attention(a: int, k: int, group: Group, cuda: bool) -> float:
     """Elements of queries, keys, values and outputs that are kept of one slot, averaged over a group (trainer/attention.py).
 
-    On a CPU keys are repeated to the number of heads, and each response of a large group has a copy of the prompt's.
+    On a CPU keys are repeated to the number of heads, and the prompt of a large group and each of its responses has copies of its own.
     """
     if cuda:
         return 2 * a + 2 * k
@@ -216,7 +216,7 @@ def _attention(a: int, k: int, group: Group, cuda: bool) -> float:
         return 4 * a
     row = group.prompt + group.response
     out = group.response if group.response < group.prompt else row
-    return 3 * a + a * (group.prompt + group.responses * (3 * row + out)) / block
+    return a * (4 * group.prompt + group.responses * (3 * row + out)) / block
 
 
 def on_cuda(recipe: Recipe) -> bool:

@@ -42,12 +42,12 @@ def policy_id(folder: Path) -> str:
 
     Only the folder itself counts, so `trainer/` never does; `generation_config.json` does not either.
     """
-    _check(folder)
+    check_folder(folder)
     files = {path for pattern in CONTENT for path in folder.glob(pattern) if path.is_file()}
     return digest(sorted([path.name, _sha256(path)] for path in files))
 
 
-def _check(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """UserError unless this is a Hugging Face folder with safetensors weights."""
     wanted = "expected a Hugging Face model folder with config.json, tokenizer files and *.safetensors"
     if not folder.is_dir():
@@ -82,7 +82,7 @@ class Renderer:
 
         self.folder = folder
         if not folder.is_dir():
-            _check(folder)
+            check_folder(folder)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as e:

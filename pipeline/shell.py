@@ -17,7 +17,7 @@ HELP = "Read-only. End a query with ;   .tables lists the views   .quit leaves  
 TABLES = "select view_name as name from duckdb_views() where not internal union select table_name from duckdb_tables() order by all"
 
 
-def query(con: "duckdb.DuckDBPyConnection", text: str, timeout: float = 600.0) -> "pa.Table":
+def query(con: "duckdb.DuckDBPyConnection", text: str, timeout: float | None = None) -> "pa.Table":
     """The result of exactly one SELECT. UserError for anything else (COPY, ATTACH, SET, several statements) and bad SQL.
 
     WorkError if there is none within `timeout` seconds.

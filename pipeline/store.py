@@ -298,6 +298,12 @@ def _quoted(text: object) -> str:
     return "'" + str(text).replace("'", "''") + "'"
 
 
+def need_run(run: Path) -> None:
+    """UserError if the folder is no run."""
+    if not (run / "recipe.toml").exists():
+        raise UserError(f"{run}: not a run folder (no recipe.toml in it). A run begins with `dypo ingest RECIPE.toml`")
+
+
 def connect(*runs: Path | str) -> "duckdb.DuckDBPyConnection":
     """A DuckDB connection with one read-only view for each table of the runs; nothing outside them can be reached.
 
@@ -307,8 +313,7 @@ def connect(*runs: Path | str) -> "duckdb.DuckDBPyConnection":
     for run, root in zip(runs, roots, strict=True):
         if roots.count(root) > 1:
             raise UserError(f"{run}: the same run is named twice")
-        if not (root / "recipe.toml").exists():
-            raise UserError(f"{run}: not a run folder (no recipe.toml in it). A run begins with `dypo ingest RECIPE.toml`")
+        need_run(Path(run))
     con = open_views(*roots)
     con.execute(f"set allowed_directories = [{', '.join(_quoted(f'{root}/') for root in roots)}]")
     con.execute("set enable_external_access = false")

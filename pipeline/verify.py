@@ -7,16 +7,16 @@
     left over           what a killed writer left under a temporary name: swept by the next run
     older copy          of a superseded partition, set aside when the next one came
 
-One idea: the first four are harm, the others are how a run looks that was killed or changed. Superseded partitions are looked at too:
-going back to their settings brings them back. Left out: whether rows are stale, which `dypo status` tells; a manifest's own bytes, but for whether it
-can be read.
+One idea: the first four are harm, the others are how a run looks that was killed or changed. Superseded partitions are
+looked at too: going back to their settings brings them back. Left out: whether rows are stale, which `dypo status` tells;
+a manifest's own bytes, but for whether it can be read.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.store import MANIFEST, PARTITION_KEYS, keys_of, part_fingerprint, partitions
+from pipeline.store import MANIFEST, PARTITION_KEYS, keys_of, need_run, part_fingerprint, partitions
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 
@@ -43,8 +43,7 @@ class Checked:
 
 def verify(run: Path, checked: Checked) -> Iterator[Found]:
     """Findings as they come, and in `checked` what was read. UserError if the folder is no run."""
-    if not (run / "recipe.toml").exists():
-        raise UserError(f"{run}: not a run folder (no recipe.toml in it). A run begins with `dypo ingest RECIPE.toml`")
+    need_run(run)
     for root in (run, *sorted(run.glob("superseded/*/*"))):
         for table in PARTITION_KEYS:
             listed: dict[Path, Manifest | None] = {}
@@ -69,6 +68,7 @@ def verify(run: Path, checked: Checked) -> Iterator[Found]:
 
 def _unlisted(root: Path, manifests: dict[Path, Manifest | None]) -> Iterator[Found]:
     """Files under a table's folder that no manifest names."""
+    named = {folder / name for folder, m in manifests.items() if m for name in (MANIFEST, *(p.name for p in m.parts))}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         hidden = [word for word in path.relative_to(root).parts if word.startswith(".")]
         if hidden:
@@ -79,8 +79,7 @@ def _unlisted(root: Path, manifests: dict[Path, Manifest | None]) -> Iterator[Fo
             continue
         home = next((folder for folder in path.parents if folder in manifests), None)
         manifest = manifests[home] if home is not None else None
-        name = str(path.relative_to(home)) if home is not None else path.name
-        if home is not None and (manifest is None or name == MANIFEST or name in {part.name for part in manifest.parts}):
+        if path in named or (home is not None and manifest is None):  # what a broken manifest listed nobody knows
             continue
         wanted = manifest.fingerprint if manifest is not None else None
         place = keys_of(root.name, path.parent.relative_to(root)) is not None

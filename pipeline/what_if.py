@@ -30,8 +30,8 @@ class WhatIf:
     changed: list[dict[str, Any]]
 
 
-def with_settings(target: Path, overrides: list[str], settings: list[str]) -> Context:
-    """`load(target, overrides)` with KEY=VALUE settings: a recipe key, `k` for rollouts.k, `teachers` as names with commas.
+def _then(target: Path, overrides: list[str], settings: list[str], now: Context) -> Context:
+    """`now`, which is `load(target, overrides)`, with KEY=VALUE settings: a recipe key, `k` for rollouts.k, `teachers` as names with commas.
 
     UserError for a key that is none or that no grading reads, or a teacher that the recipe does not have.
     """
@@ -40,7 +40,7 @@ def with_settings(target: Path, overrides: list[str], settings: list[str]) -> Co
             raise UserError(f"--what-if {item}: expected KEY=VALUE, for example --what-if grade.easy_max_failures=1")
     plain = [f"rollouts.{item}" if item.startswith("k=") else item for item in settings if not item.startswith("teachers=")]
     then = load(target, [*overrides, *plain])
-    if _ungraded(then.recipe) != _ungraded(load(target, overrides).recipe):
+    if _ungraded(then.recipe) != _ungraded(now.recipe):
         raise UserError(
             f"--what-if {', '.join(settings)}: a grading reads grade.*, k, teachers, train.method.query and "
             "train.method.grpo.advantage and eps, and nothing else; what another key would do, `dypo plan --set KEY=VALUE` says"
@@ -73,7 +73,8 @@ def what_if(target: Path, overrides: list[str], round: int | None, settings: lis
     """Grades a round (None: the newest) of a recipe or run as it says, and as it would with `settings`, and compares."""
     import duckdb
 
-    now, then = load(target, overrides), with_settings(target, overrides, settings)
+    now = load(target, overrides)
+    then = _then(target, overrides, settings, now)
     round = now.newest_round() if round is None else round
     con = duckdb.connect()
     for name, each in (("now", now), ("then", then)):

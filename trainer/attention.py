@@ -70,7 +70,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, scaling: float | None,
         mask = None if whole and not _hides(window, size) else _block_mask((prompt, *block.responses), window)
         return [attend(mask, *(slots(x, start, size) for x in (q, k, v)))]
 
-    own = [slots(x, start, prompt) for x in (q, k, v)]
+    own = [slots(x, start, prompt).clone() for x in (q, k, v)]  # kept for backward: a slice would keep all of q, k and v
     out = [attend(_lower_right(prompt, prompt, window) if _hides(window, prompt) else None, *own)]
     at = start + prompt
     for length in block.responses:

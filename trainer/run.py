@@ -46,9 +46,8 @@ def train_round(job: TrainJob) -> RoundEnd:
 
 
 def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> RoundEnd:
-    done = team.leaders(
-        job.sink.checkpoints() if team.leads else None
-    )  # the leader alone: it cuts what the others would read
+    # The leader alone looks: it cuts, soon after, what the others would be reading.
+    done = team.leaders(job.sink.checkpoints() if team.leads else None)
     model, optimizers, state = begin(job, done, team)
     job.sink.cut("draws", state.steps)
     job.sink.cut("metrics", state.steps)

@@ -37,16 +37,14 @@ def score(text: str, answer: str) -> Verdict:
     if box is None or not _box_stands_alone(tail, box):
         return _verified(tail, answer)
     content = box[2].strip().removesuffix(".")  # math-verify cannot parse \boxed{12.}
-    verdict = _quick(content, answer) or _verified_box(content, answer)
-    return _verified(tail, answer) if verdict.status == "unparseable" else verdict  # it looks on where a box says nothing
+    return _quick(content, answer) or _verified_box(content, answer) or _verified(tail, answer)
 
 
 @lru_cache(maxsize=8192)  # wrong answers are the slow ones, and a prompt's rollouts repeat them
-def _verified_box(content: str, answer: str) -> Verdict:
+def _verified_box(content: str, answer: str) -> Verdict | None:
+    """math-verify's verdict on the box; None where it can read nothing in it and would look on in the text."""
     found = _parsed_box(content)
-    if found and all(isinstance(each, str) for each in found):  # a string equals strings only, and equal ones were decided
-        return unparseable("math-verify cannot parse the answer", found[0])
-    return _compared(found, answer)
+    return None if all(isinstance(each, str) for each in found) else _compared(found, answer)
 
 
 @lru_cache(maxsize=8192)

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 NEAR = 1e-5  # math-verify rounds to six places
 LARGE = 1e9  # from here on a float has no six places to compare
@@ -57,11 +58,12 @@ def decide(gold: Plain | None, found: Plain | None) -> bool | None:
         return None if "()" in (gold.mark, found.mark) else False  # (1,2) can be a point
     if gold.values == found.values:
         return True
-    if len(gold.values) != len(found.values):
-        return False
-    gaps = [abs(float(a) - float(b)) for a, b in zip(gold.values, found.values, strict=True)]
-    sizes = [abs(float(value)) for value in (*gold.values, *found.values)]
-    return False if max(gaps) > NEAR and max(sizes) < LARGE else None
+    sides = [[float(value) for value in side.values] for side in (gold, found)]
+    if any(abs(value) >= LARGE for side in sides for value in side):
+        return None
+    if len(sides[0]) != len(sides[1]):  # of a set; elements that are near count as one, perhaps
+        return None if any(b - a <= NEAR for side in sides for a, b in pairwise(side)) else False
+    return False if max(abs(a - b) for a, b in zip(*sides, strict=True)) > NEAR else None
 
 
 @lru_cache(maxsize=8192)

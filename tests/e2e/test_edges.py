@@ -99,6 +99,20 @@ def test_a_refused_setting_stays_out_of_the_run(a_copy: Path) -> None:
     assert set(states(a_copy).values()) == {"done"}
 
 
+@pytest.mark.parametrize(
+    "stage", [("generate",), ("score", "--round", 0), ("grade", "--round", 0), ("train", "--round", 0), ("run",)]
+)
+@pytest.mark.parametrize("setting", ["policy.model='nowhere'", "train.method.query='no/such.sql'"])
+def test_a_file_that_is_not_there_stays_out_of_a_finished_run_even_where_nothing_is_to_be_done(
+    a_copy: Path, stage: tuple, setting: str
+) -> None:
+    before = (a_copy / "recipe.toml").read_text()
+    got = dypo(stage[0], a_copy, *stage[1:], "--set", setting, check=False)
+    assert got.returncode == 2
+    assert setting.split("'")[1] in got.stderr
+    assert (a_copy / "recipe.toml").read_text() == before
+
+
 def test_prompts_that_leave_the_source_leave_the_grades(a_copy: Path) -> None:
     dypo("ingest", a_copy, "--set", "sources.sums.limit=40")
     kept = table(a_copy, "prompts").filter(pl.col("split") == "train")["prompt_id"]

@@ -153,8 +153,8 @@ def test_activations_of_a_small_group_are_counted_tensor_by_tensor() -> None:
     recomputed = of_tiny({"gradient_checkpointing": True})
     assert recomputed["activations: each layer's input"] == 1000 * (2 * 4 * h + 5 * 4 * h)
     assert recomputed["one layer's activations, made again"] == 1000 * layer
-    large = of_tiny(group=Group(100, 20, 8))["activations of all layers"]  # copies of the prompt for each response
-    copies = 3 * a + a * (100 + 8 * (3 * 120 + 20)) / 260
+    large = of_tiny(group=Group(100, 20, 8))["activations of all layers"]  # the prompt once, and a copy for each response
+    copies = a * (4 * 100 + 8 * (3 * 120 + 20)) / 260
     assert large == pytest.approx(1000 * (2 * (layer + 4 * (copies - 4 * a)) + 5 * 4 * h))
     half = of_tiny(dtype="bfloat16")["activations of all layers"]
     assert half == 1000 * (2 * (4 * 4 * h + 2 * (5 * h + a + 4 * 192 + 4 * a)) + 5 * 4 * h)

@@ -17,7 +17,7 @@ from tests.trainer.by_hand import gradient
 from tests.trainer.families import NOT_PACKED, PACKED, VOCAB, tiny
 from trainer import attention
 from trainer.attention import flex
-from trainer.batch import pack
+from trainer.batch import Block, pack
 from trainer.model import PolicyLM, load_model, packed_if_possible, recompute_activations
 
 
@@ -177,3 +177,23 @@ def test_rotary_embeddings_that_follow_the_longest_neighbour_are_refused(kind: s
     tiny("llama", {"rope_parameters": rope}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"rope_type {kind}"):
         load_model(tmp_path, Policy(model=tmp_path, device="cpu"))
+
+
+def test_attention_keeps_no_more_for_backward_than_each_response_with_its_prompt() -> None:
+    """A slice that is kept keeps all that it was sliced from: a tenth of a small model's activations, once."""
+    lengths = (63, 62, 60, 63, 63, 61, 63, 63)
+    block = Block(0, 32, lengths)
+    assert block.stop > attention.WHOLE_BLOCK
+    q, k, v = (torch.randn(1, 4, block.stop, 16, requires_grad=True) * 1.0 for _ in range(3))
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out, _ = attention.packed_attention(torch.nn.Identity(), q, k, v, None, blocks=[block])
+    assert out.shape == (1, block.stop, 4, 16)
+    slots = sum(32 + n for n in lengths) + 32
+    each = 4 * 16 * 4  # bytes of a slot of q
+    assert sum(kept.values()) < 4.1 * slots * each  # q, k, v and the result; a little for the softmax's sums

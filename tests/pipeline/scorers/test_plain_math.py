@@ -146,6 +146,7 @@ def test_a_box_before_the_last_one_is_math_verifys_to_read(before: str, gold: st
         (r"(1,2)", r"[1,2]"),  # a point, or an interval
         (r"\{1,200\}", r"\{1200\}"),  # a comma of thousands, or two numbers
         (r"(2,1)", r"(1,2)"),
+        (r"\{1\}", r"\{1, 1.000001\}"),  # perhaps one element to it
         ("0.333333", r"\frac{1}{3}"),  # equal in six places
         ("1234567890.5", "1234567890.6"),  # too large for six places
         (r"\frac{1}{0}", "1"),
