@@ -81,6 +81,24 @@ class ProgramEngine(Model):
     program: str
 
 
+class Budget(Model):
+    """What a teacher may use up in its whole stage, by the server's own count; reached: no new request, exit code 1."""
+
+    tokens: int | None = Field(default=None, ge=1, description="completion tokens")
+    cost: float | None = Field(default=None, gt=0, description="in the currency of the two prices")
+    input_price: float | None = Field(default=None, ge=0, description="of a million prompt tokens")
+    output_price: float | None = Field(default=None, ge=0, description="of a million completion tokens")
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> "Budget":
+        prices = (self.input_price, self.output_price)
+        if (self.cost is None) != (prices == (None, None)) or (self.cost is not None and None in prices):
+            raise ValueError("cost, input_price and output_price belong together: give all three, or tokens alone")
+        if self.tokens is None and self.cost is None:
+            raise ValueError("expected tokens, or cost with input_price and output_price")
+        return self
+
+
 class OpenAIEngine(Model):
     """Any OpenAI-compatible chat server. The key is read from the environment and never written anywhere."""
 
@@ -96,6 +114,7 @@ class OpenAIEngine(Model):
     timeout_s: float = Field(default=120.0, gt=0)
     retries: int = Field(default=4, ge=0, description="of a request that timed out, got 429 or 5xx, or garbage")
     max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
+    budget: Budget | None = None
 
     @field_validator("base_url")
     @classmethod

@@ -49,7 +49,11 @@ traces = Table(
         C("text", S, "the response, without end-of-sequence token"),
         C("finish_reason", S, "stop | length"),
         C("model", S, "what the teacher says it is"),
-        C("sampling", S, "JSON text: temperature, top_p, max_tokens, seed"),
+        C(
+            "sampling",
+            S,
+            "JSON text: temperature, top_p, max_tokens, seed; n if one request gave several; usage of a request, in its first row",
+        ),
     ),
     content=("text",),
 )

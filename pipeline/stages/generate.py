@@ -37,7 +37,7 @@ from schemas.tables import ARROW
 
 Reference = Callable[[Path], Callable[[list[int], list[int], float], list[float]]]  # folder -> its log-probs
 Messages = list[dict[str, str]]
-RUNNING = ("concurrency", "timeout_s", "retries", "max_failed", "path", "api_key_env", "base_url")
+RUNNING = ("concurrency", "timeout_s", "retries", "max_failed", "path", "api_key_env", "base_url", "budget")
 
 
 # ---------------------------------------------------------------- teachers
@@ -105,7 +105,7 @@ def _teacher(ctx: Context, teacher: Teacher, rows: list[dict[str, Any]], regener
         }  # fmt: skip
 
     allowed = teacher.engine.max_failed if teacher.engine.type == "openai" else 0.0
-    return _generate(it, work, lambda: teacher_engine(teacher), row, allowed, regenerate)
+    return _generate(it, work, lambda: teacher_engine(teacher, parts_of(it)), row, allowed, regenerate)
 
 
 # ---------------------------------------------------------------- rollouts

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from tests.tiny_runs import dypo, table, write_recipe
@@ -42,7 +43,9 @@ class Teacher(BaseHTTPRequestHandler):
                 "finish_reason": "stop",
                 "message": {"role": "assistant", "content": asked["messages"][-1]["content"]},
             }
-            self.reply(200, {"id": "1", "object": "chat.completion", "created": 1, "model": "echo", "choices": [choice]})
+            usage = {"prompt_tokens": 5, "completion_tokens": 10, "total_tokens": 15}
+            said = {"id": "1", "object": "chat.completion", "created": 1, "model": "echo", "choices": [choice]}
+            self.reply(200, {**said, "usage": usage})
 
     def reply(self, code: int, body: dict) -> None:
         self.send_response(code)
@@ -105,3 +108,18 @@ def test_a_server_that_dies_midway_loses_no_finished_row(tmp_path: Path, address
     traces = table(tmp_path / "run", "traces")
     assert traces.filter(traces["teacher"] == "left").height == 180
     assert int(MODE["served"]) - served < 180
+
+
+def test_a_budget_that_is_used_up_ends_in_exit_code_1_and_a_bigger_one_goes_on(tmp_path: Path, address: str) -> None:
+    path = recipe(tmp_path, address)
+    got = dypo("generate", "teachers", path, "--set", "teachers.left.engine.budget={tokens=200}", check=False)
+    assert got.returncode == 1
+    assert "teacher 'left': budget.tokens = 200 is used up" in got.stderr
+    assert "Finished rows are kept. Raise it, then run the same command again" in got.stderr
+    served = int(MODE["served"])
+    assert 20 <= served < 20 + 4
+    dypo("generate", "teachers", path, "--set", "teachers.left.engine.budget={tokens=800}")
+    assert int(MODE["served"]) == 60
+    assert table(tmp_path / "run", "traces").filter(pl.col("teacher") == "left").height == 60
+    manifest = json.loads((tmp_path / "run/traces/teacher=left/manifest.json").read_text())
+    assert manifest["facts"]["note"] == "gives no log-probs; 300 prompt and 600 completion tokens"
