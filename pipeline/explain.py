@@ -34,6 +34,12 @@ WHY = {
 }
 
 PROMPT = "select prompt_id, messages, answer, verifier, source, split, metadata from prompts where prompt_id = $id"
+CONTAMINATION = """
+select eval_prompt_id, eval_source, words, run, overlap
+from contamination
+where prompt_id = $id
+order by eval_prompt_id
+"""
 TRACES = """
 select
     t.trace_id, t.teacher, t.sample, t.text, t.finish_reason, t.model, t.sampling,
@@ -103,6 +109,7 @@ def explain(con: "duckdb.DuckDBPyConnection", prompt_id: str) -> dict[str, Any]:
         at["why"] = _why(at)
     return {
         "prompt": prompt,
+        "contamination": _rows(con, CONTAMINATION, found),
         "traces": traces,
         "rounds": [rounds[r] for r in sorted(rounds)],
         "evals": _rows(con, EVALS, found),
@@ -181,6 +188,8 @@ def _summary(con: "duckdb.DuckDBPyConnection", prompt: Row, rounds: dict[int, Ro
     """One sentence on the prompt over the whole run."""
     if prompt["split"] == "eval":
         return "an eval prompt: it never reaches rollouts, grades or training"
+    if prompt["split"] == "contaminated":
+        return "dropped from training: it shares text with an eval prompt"
     if not rounds:
         others = con.execute("select count(distinct prompt_id) from rollouts").fetchall()[0][0]
         return "no rollouts yet" + (f": the rounds so far drew {others:,} other prompts" if others else "")
@@ -200,6 +209,11 @@ def render_explain(d: dict[str, Any]) -> "Group":
     facts = f"source {p['source']}   split {p['split']}   verifier {p['verifier']}   gold {p['answer']}"
     parts: list[RenderableType] = [head, Text(_visible(facts), style="dim")]
     parts += [Text.assemble((f"{m['role']}: ", "cyan"), _clip(m["content"])) for m in p["messages"]]
+    if d["contamination"]:
+        table = _table("shares text with", "eval prompt", "source", "words", "overlap", "text")
+        for c in d["contamination"]:
+            _add(table, c["eval_prompt_id"][:8], c["eval_source"], c["words"], f"{c['overlap']:.2f}", c["run"])
+        parts += [Text(), table]
     if d["traces"]:
         table = _table("teacher traces", "teacher", "sample", "verdict", "extracted", "text")
         for t in d["traces"]:

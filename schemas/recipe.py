@@ -73,6 +73,15 @@ class GymSource(Model):
 Source = Annotated[Union[FileSource, GymSource], Field(discriminator="type")]
 
 
+class Decontaminate(Model):
+    """Train prompts that share a run of words with an eval prompt: table `contamination` (docs/corpora.md)."""
+
+    ngram: int = Field(default=13, ge=2, description="words in a row that must be the same")
+    action: Literal["drop", "flag"] = Field(
+        default="drop", description="drop: they never reach generate; flag: rows of `contamination` alone"
+    )
+
+
 # ---------------------------------------------------------------- generation
 class ProgramEngine(Model):
     """A solver in Python: a built-in (`tiny.left`, `worked_solution`) or the user's `path/to/file.py:function`."""
@@ -453,6 +462,7 @@ class Recipe(Model):
     rounds: int = Field(default=1, ge=1)
     policy: Policy
     sources: list[Source] = Field(min_length=1)
+    decontaminate: Decontaminate | None = None
     teachers: list[Teacher] = []
     rollouts: Rollouts = Rollouts()
     score: Score

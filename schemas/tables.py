@@ -31,8 +31,24 @@ prompts = Table(
         C("answer", S, "the gold answer"),
         C("verifier", S, "name of the recipe's verifier that judges answers to it"),
         C("source", S, "name of the recipe's source; eval suites name sources"),
-        C("split", S, "train | eval; only train prompts reach generate and grade"),
+        C("split", S, "train | eval | contaminated; only train prompts reach generate and grade"),
         C("metadata", S, "JSON text: everything else that the source said", nullable=True),
+    ),
+)
+
+contamination = Table(
+    "contamination",
+    "a train prompt and an eval prompt that share text",
+    ("prompt_id", "eval_prompt_id"),
+    (),
+    (
+        C("prompt_id", S, "the train prompt; its split is `contaminated` if it was dropped"),
+        C("eval_prompt_id", S, "the eval prompt"),
+        C("source", S, "the train prompt's source"),
+        C("eval_source", S, "the eval prompt's source"),
+        C("words", I32, "length of the runs of words that were compared"),
+        C("run", S, "a run of words that stands in both, in normal form"),
+        C("overlap", F64, "share of the eval prompt's runs of that length that stand in the train prompt"),
     ),
 )
 
@@ -236,7 +252,21 @@ evals = Table(
 )
 
 TABLES: dict[str, Table] = {
-    t.name: t for t in (prompts, traces, rollouts, scores, grades, shards, logprobs, draws, metrics, eval_rollouts, evals)
+    t.name: t
+    for t in (
+        prompts,
+        contamination,
+        traces,
+        rollouts,
+        scores,
+        grades,
+        shards,
+        logprobs,
+        draws,
+        metrics,
+        eval_rollouts,
+        evals,
+    )
 }
 ARROW: dict[str, pa.Schema] = {name: table.arrow() for name, table in TABLES.items()}
 
