@@ -137,11 +137,15 @@ class OpenAIEngine(Model):
 
 
 class ReplayEngine(Model):
-    """Recorded traces: LUFFY's `target` column, OpenR1-Math-220k's `generations`, or JSONL with `prompt`+`text`."""
+    """Recorded traces: LUFFY's `target`, OpenR1-Math-220k's `generations`, TRL's and verl's logs, `prompt`+`text` (docs/corpora.md)."""
 
     type: Literal["replay"]
     path: Path
     select: str | None = Field(default=None, description="of a target with several teachers: the one to take")
+    verdict: str | None = Field(
+        default=None,
+        description="a recorded column that stands for the verifier's verdict on these traces: true, or 1 and more, is right",
+    )
 
 
 TeacherEngine = Annotated[Union[ProgramEngine, OpenAIEngine, ReplayEngine], Field(discriminator="type")]
@@ -198,6 +202,16 @@ class Rollouts(Model):
     top_p: float = 1.0
     max_tokens: int = Field(default=2048, ge=1)
     engine: RolloutEngine = HFEngine()
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _not_recorded(cls, engine: Any) -> Any:
+        if isinstance(engine, dict) and engine.get("type") == "replay":
+            raise ValueError(
+                "recorded completions cannot be training rollouts: nobody kept the sampling policy's token ids and log-probs, "
+                "which the importance ratios need. Import them as traces: [[teachers]] with engine = { type = 'replay', ... }"
+            )
+        return engine
 
     @field_validator("k")
     @classmethod

@@ -37,7 +37,8 @@ from schemas.tables import ARROW
 
 Reference = Callable[[Path], Callable[[list[int], list[int], float], list[float]]]  # folder -> its log-probs
 Messages = list[dict[str, str]]
-RUNNING = ("concurrency", "timeout_s", "retries", "max_failed", "path", "api_key_env", "base_url", "budget")
+RUNNING = ("concurrency", "timeout_s", "retries", "max_failed", "path", "api_key_env", "base_url", "budget", "verdict")
+RECORDS = 2  # version of what a replayed row keeps; raised, recorded traces are imported anew
 
 
 # ---------------------------------------------------------------- teachers
@@ -53,6 +54,8 @@ def teacher_spec(ctx: Context, teacher: Teacher) -> Spec:
         if prompts is None:
             raise UserError(f"{ctx.part('prompts').folder}: not there or not finished. Run `dypo ingest {ctx.run}` first")
         parents["prompts"] = prompts.identity
+    if teacher.engine.type == "replay":
+        engine["records"] = RECORDS
     if (content := content_id(teacher)) is not None:
         engine |= {"content": content}
     part = ctx.part("traces", teacher=teacher.name)
