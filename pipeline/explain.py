@@ -49,6 +49,12 @@ left join scores as s on s.kind = 'trace' and s.id = t.trace_id
 where t.prompt_id = $id
 order by t.teacher, t.sample
 """
+FAILURES = """
+select stage, round, step, suite, teacher, sample, why
+from failures
+where prompt_id = $id
+order by stage, round, step, suite, teacher, sample
+"""
 GRADES = """
 select round, source_round, policy, k, successes, unjudged, grade, traces, reason
 from grades
@@ -111,6 +117,7 @@ def explain(con: "duckdb.DuckDBPyConnection", prompt_id: str) -> dict[str, Any]:
         "prompt": prompt,
         "contamination": _rows(con, CONTAMINATION, found),
         "traces": traces,
+        "failures": _rows(con, FAILURES, found),
         "rounds": [rounds[r] for r in sorted(rounds)],
         "evals": _rows(con, EVALS, found),
         "why": _summary(con, prompt, rounds),
@@ -218,6 +225,11 @@ def render_explain(d: dict[str, Any]) -> "Group":
         table = _table("teacher traces", "teacher", "sample", "verdict", "extracted", "text")
         for t in d["traces"]:
             _add(table, t["teacher"], t["sample"], _verdict(t), t["extracted"], t["text"])
+        parts += [Text(), table]
+    if d["failures"]:
+        table = _table("could not be had", "stage", "round", "teacher", "sample", "text")
+        for f in d["failures"]:
+            _add(table, f["stage"], f["round"], f["teacher"], f["sample"], f["why"])
         parts += [Text(), table]
     for at in d["rounds"]:
         parts += [Text(), *_round_parts(at)]

@@ -88,6 +88,7 @@ class ProgramEngine(Model):
 
     type: Literal["program"]
     program: str
+    max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
 
 
 class Budget(Model):
@@ -201,6 +202,9 @@ class Rollouts(Model):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = 1.0
     max_tokens: int = Field(default=2048, ge=1)
+    max_failed: float = Field(
+        default=0.02, ge=0, le=1, description="share of samples whose prompt the policy may not be able to read or answer"
+    )
     engine: RolloutEngine = HFEngine()
 
     @field_validator("engine", mode="before")

@@ -105,6 +105,24 @@ eval_rollouts = Table(
     content=("text",),
 )
 
+failures = Table(
+    "failures",
+    "a sample that could not be had; the stage's next run tries it again",
+    ("stage", "prompt_id", "sample", "round", "step", "suite", "teacher"),
+    ("stage", "round", "step", "suite", "teacher"),
+    (
+        C("stage", S, "teachers | rollouts | eval_rollouts"),
+        C("round", I32, "round of a rollout; null for teachers", nullable=True),
+        C("step", I32, "step of an eval rollout, else null", nullable=True),
+        C("suite", S, "suite of an eval rollout, else null", nullable=True),
+        C("teacher", S, "the teacher, else null", nullable=True),
+        _prompt,
+        C("sample", I32, "index of the sample, from 0"),
+        C("why", S, "the reason"),
+        C("when", F64, "seconds since the epoch"),
+    ),
+)
+
 scores = Table(
     "scores",
     "the verdict on one rollout, trace or eval rollout",
@@ -258,6 +276,7 @@ TABLES: dict[str, Table] = {
         contamination,
         traces,
         rollouts,
+        failures,
         scores,
         grades,
         shards,

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
@@ -61,46 +63,41 @@ def write_gguf(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("xllamacpp", reason="make slow installs it")
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write_gguf(path)
-    script = [
-        sys.executable,
-        ROOT / "data" / "serve_teacher.py",
-        "--gguf",
-        path,
-        "--ctx",
-        1024,
-        "--parallel",
-        4,
-        "--threads",
-        1,
-    ]
+    return path
+
+
+@contextmanager
+def serving(path: Path, port: int = 0) -> "Iterator[tuple[subprocess.Popen[str], str]]":
+    """(the server's process, its base_url)."""
+    options = ["--ctx", 1024, "--parallel", 4, "--threads", 1, "--port", port]
+    script = [sys.executable, ROOT / "data" / "serve_teacher.py", "--gguf", path, *options]
     server = subprocess.Popen(list(map(str, script)), stdout=subprocess.PIPE, text=True, env=os.environ)
     assert server.stdout is not None
-    try:
-        yield server.stdout.readline().strip()
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=30) == 0
-        server.stdout.close()
+    with server.stdout as said:
+        try:
+            yield server, said.readline().strip()
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) in (0, -signal.SIGKILL)
 
 
-def test_llama_cpp_writes_traces_that_verify_and_says_what_it_can_do(address: str, tmp_path: Path) -> None:
-    engine = (
-        f'{{ type = "openai", base_url = "{address}", model = "tiny", temperature = 1.0, max_tokens = 64, concurrency = 4 }}'
-    )
-    path = write_recipe(
-        tmp_path,
-        **{
-            'name = "left"\nengine = { type = "program", program = "tiny.left" }': f'name = "left"\nsamples = 4\nengine = {engine}'
-        },
-    )
+def recipe(tmp_path: Path, address: str, samples: int) -> Path:
+    left = 'name = "left"\nengine = { type = "program", program = "tiny.left" }'
+    engine = f'type = "openai", base_url = "{address}", model = "tiny", temperature = 1.0, max_tokens = 64, concurrency = 4, retries = 1'
+    path = write_recipe(tmp_path, **{left: f'name = "left"\nsamples = {samples}\nengine = {{ {engine} }}'})
     dypo("ingest", path)
-    dypo("generate", "teachers", path)
-    dypo("generate", "rollouts", path)
-    dypo("score", path)
+    return path
+
+
+def test_llama_cpp_writes_traces_that_verify_and_says_what_it_can_do(gguf_file: Path, tmp_path: Path) -> None:
+    with serving(gguf_file) as (_, address):
+        path = recipe(tmp_path, address, samples=4)
+        for stage in ("generate", "score"):
+            dypo(stage, path)
     mine = table(tmp_path / "run", "traces").filter(pl.col("teacher") == "left")
     assert mine.height == 60 * 4
     note = json.loads((tmp_path / "run/traces/teacher=left/manifest.json").read_text())["facts"]["note"]
@@ -117,3 +114,24 @@ def test_llama_cpp_writes_traces_that_verify_and_says_what_it_can_do(address: st
     assert isinstance(traces, float)
     assert isinstance(rollouts, float)
     assert abs(traces - rollouts) < 0.15  # it is the policy itself, in another program
+
+
+def test_a_llama_cpp_that_is_killed_midway_costs_no_finished_row(gguf_file: Path, tmp_path: Path) -> None:
+    part = tmp_path / "run/traces/teacher=left"
+    with serving(gguf_file) as (server, address):
+        path = recipe(tmp_path, address, samples=64)
+        command = [sys.executable, "-m", "pipeline", "generate", "teachers", str(path)]
+        work = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 60
+        while not list(part.glob("part-*.parquet")) and time.monotonic() < end:
+            time.sleep(0.02)
+        server.kill()
+        _, told = work.communicate(timeout=120)
+    assert work.returncode == 1
+    assert "16 requests failed in a row" in told
+    assert "Finished rows are kept" in told
+    kept = sum(pl.read_parquet(p).height for p in part.glob("part-*.parquet"))
+    assert 0 < kept < 60 * 64
+    with serving(gguf_file, int(address.split(":")[2].split("/")[0])):
+        assert f"made {60 * 64} rows" in dypo("generate", "teachers", path).stdout
+    assert table(tmp_path / "run", "failures").is_empty()
