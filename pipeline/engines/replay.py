@@ -18,6 +18,7 @@ A text where one per teacher is expected is refused: picking "the second" of a t
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from pipeline.sources import (
     data_files,
     kind_of,
     parquet_schema,
+    plain,
     read_rows,
     short,
     whole_unicode,
@@ -217,22 +219,37 @@ def _traces(row: Row, select: str | None) -> list[Trace]:
         made = _last_answer(row, value, select)
     else:
         made = _one_text(row, form, value, select)
-    model, sampling = row.values.get("model"), row.values.get("sampling")
+    model = row.values.get("model")
     model = model if isinstance(model, str) else row.path.name
-    sampling = sampling if isinstance(sampling, str) else "{}"
+    sampling = _sampling(row)
     alone = None if form == "generations" else _values(row.values)
     out = []
     for t in made:
         if t.text.strip():
             recorded = t.recorded if alone is None else alone
-            told = json.dumps({**json.loads(sampling), "recorded": recorded}) if recorded else sampling
-            out.append(replace(t, model=model, sampling=told))
+            told = {**sampling, "recorded": recorded} if recorded else sampling
+            out.append(replace(t, model=model, sampling=json.dumps(told)))
     return out
+
+
+def _sampling(row: Row) -> dict[str, Any]:
+    """How the row says that it was sampled: an object, or a text that is one in JSON."""
+    value = row.values.get("sampling")
+    try:
+        read = json.loads(value) if isinstance(value, str) else value or {}
+    except ValueError:
+        read = None
+    if not isinstance(read, dict):
+        raise UserError(
+            f"{row.where}: `sampling`: expected an object in JSON, found {kind_of(value)} ({short(value, 40)}). {FIX}"
+        )
+    return plain(read)
 
 
 def _values(values: Mapping[str, Any]) -> dict[str, bool | int | float]:
     """The numbers and truth values of a row, but those that say which prompt or sample it is."""
-    return {k: v for k, v in values.items() if k not in NO_VALUES and isinstance(v, bool | int | float) and v == v}
+    numbers = {k: v for k, v in values.items() if k not in NO_VALUES and isinstance(v, bool | int | float)}
+    return {k: v for k, v in numbers.items() if math.isfinite(v)}
 
 
 def _holds_values(kind: pa.DataType, form: str) -> bool:

@@ -240,6 +240,7 @@ def test_numbers_and_truth_values_beside_a_text_are_kept_as_recorded(tmp_path: P
         "name": "x",
         "sample": 0,
         "none": None,
+        "nan": float("nan"),
     }
     (got,) = samples(engine(write(tmp_path / f"a.{write.__name__}", row)), [ask("p")])
     assert json.loads(got.sampling) == {"recorded": {"step": 10, "reward": 0.5, "right": True}}
@@ -259,6 +260,12 @@ def test_what_was_recorded_survives_being_replayed_again(tmp_path: Path) -> None
         engine(jsonl(tmp_path / "b.jsonl", {"prompt": "p", "text": "so", "sampling": first.sampling})), [ask("p")]
     )
     assert json.loads(again.sampling) == {"recorded": {"score": 1.0}}
+
+
+@pytest.mark.parametrize("sampling", ["{", "[1]", "hot", 3])
+def test_a_sampling_that_is_no_object_is_refused(tmp_path: Path, sampling: Any) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "p", "text": "so", "sampling": sampling})
+    assert f"{path}, row 1: `sampling`: expected an object in JSON, found" in refused(engine(path))
 
 
 def test_no_match_at_all_shows_an_example_of_each_side(tmp_path: Path) -> None:
