@@ -35,7 +35,7 @@ golden-record: $(VENV)/ready  ## the same, recorded anew; say in the commit why 
 docs: $(VENV)/ready  ## render docs/data.md and docs/recipe.md from schemas/
 	$(BIN)/python docs/render.py
 
-slow: $(VENV)/ready $(VVENV)/ready chromium  ## real components: the demo over 3 seeds, a real browser, vLLM's CPU build
+slow: $(VENV)/ready-real $(VVENV)/ready chromium  ## real components: the demo over 3 seeds, a real browser, llama.cpp, vLLM's CPU build
 	$(BIN)/python -m pytest -m "slow or chromium" tests
 	$(VVENV)/bin/python -m pytest -m vllm -W ignore::ResourceWarning tests/slow  # vLLM leaves zmq contexts to the collector
 

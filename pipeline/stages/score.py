@@ -10,13 +10,14 @@ import pyarrow as pa
 
 from pipeline.context import Context
 from pipeline.progress import progress
-from pipeline.scorers import Item, VerdictPool
+from pipeline.scorers import Item, Verdict, VerdictPool, recorded
 from pipeline.scorers import version as scorer_version
 from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome, Spec, begin, counts, current, finish, need, nothing, parts_of, set_aside
 from pipeline.store import Partition, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.ids import text_sha
+from schemas.recipe import ReplayEngine
 from schemas.scorers import ScorerConfig, UserScorer
 from schemas.tables import ARROW
 
@@ -35,9 +36,17 @@ def spec(ctx: Context, kind: str, source: Partition) -> Spec:
     }
     part, limits = ctx.part("scores", kind=kind, **dict(source.keys)), ctx.recipe.score
     parents = {source.label: manifest.fingerprint, "prompts": prompts.identity}
-    return Spec(
-        "score", part, {"verifiers": verifiers, "timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}, parents, 0
-    )
+    config: dict[str, Any] = {"verifiers": verifiers, "timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}
+    if (column := _recorded(ctx, kind, source)) is not None:
+        config["recorded"] = column
+    return Spec("score", part, config, parents, 0)
+
+
+def _recorded(ctx: Context, kind: str, source: Partition) -> str | None:
+    """The recorded column that judges these traces, if their teacher's recipe names one."""
+    name = dict(source.keys).get("teacher")
+    engines = [t.engine for t in ctx.recipe.teachers if kind == "trace" and t.name == name]
+    return next((e.verdict for e in engines if isinstance(e, ReplayEngine)), None)
 
 
 def _code(verifier: ScorerConfig) -> dict[str, str]:
@@ -56,6 +65,7 @@ def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
             started = time.monotonic()
             need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
             it = spec(ctx, kind, source)
+            _refuse_unrecorded(ctx, kind, source)
             begin(it)
             if (found := it.partition.manifest()) and _too_many_failed(ctx, found.failed, found.rows):
                 set_aside(it)  # the user has mended something: judge anew
@@ -82,6 +92,23 @@ def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
     return outcomes
 
 
+def _refuse_unrecorded(ctx: Context, kind: str, source: Partition) -> None:
+    """UserError if the recorded column that is to judge traces stands in none of them."""
+    if (column := _recorded(ctx, kind, source)) is None:
+        return
+    seen: set[str] = set()
+    for path in source.files():
+        for sampling in read_parts([path], source.table, ["sampling"]).column("sampling").to_pylist():
+            seen |= recorded.columns(sampling)
+            if column in seen:
+                return
+    name = dict(source.keys)["teacher"]
+    raise UserError(
+        f"teachers.{name}.engine.verdict = '{column}': none of its traces has it. Recorded of them: "
+        f"{', '.join(sorted(seen)) or 'nothing'}. Name one of those, or leave `verdict` out to have the traces verified"
+    )
+
+
 def _verdicts(it: Spec) -> pl.DataFrame:
     """What has been judged already: id and the hash of the text."""
     frame = pl.from_arrow(read_parts(parts_of(it), "scores", ["id", "text_sha"]))
@@ -95,7 +122,8 @@ def _judgeable(ctx: Context, kind: str, source: Partition) -> Iterator[pl.DataFr
     prompts = pl.from_arrow(read_parts(ctx.part("prompts").files(), "prompts").drop_columns(["split"]))
     assert isinstance(prompts, pl.DataFrame)
     for path in source.files():
-        rows = pl.from_arrow(read_parts([path], source.table, [id_column, "prompt_id", "text", "finish_reason"]))
+        columns = [id_column, "prompt_id", "text", "finish_reason", *(["sampling"] if kind == "trace" else [])]
+        rows = pl.from_arrow(read_parts([path], source.table, columns))
         assert isinstance(rows, pl.DataFrame)
         shas = pl.Series("text_sha", [text_sha(t) for t in rows["text"]], dtype=pl.String)
         yield rows.rename({id_column: "id"}).with_columns(shas).join(prompts, on="prompt_id", maintain_order="left")
@@ -104,24 +132,35 @@ def _judgeable(ctx: Context, kind: str, source: Partition) -> Iterator[pl.DataFr
 def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, pool: VerdictPool) -> None:
     """Judges what the anti-join leaves."""
     keys = {"kind": kind, "round": None, "step": None, "suite": None, "teacher": None, **dict(source.keys)}
+    column = _recorded(ctx, kind, source)
     with progress(it.partition.label, done.height + left, done.height) as bar:
         for judgeable in _judgeable(ctx, kind, source):
             todo = judgeable.join(done, on=["id", "text_sha"], how="anti", maintain_order="left")
             for batch in todo.iter_slices(BATCH):
                 items = [_item(row) for row in batch.iter_rows(named=True)]
+                taken = _taken(batch, column)
+                judged = iter(pool.score([item for item, v in zip(items, taken, strict=True) if v is None]))
                 rows = [
                     {
                         **keys, "id": item.id, "prompt_id": prompt_id, "text_sha": sha, "status": v.status, "reward": v.reward,
-                        "correct": v.correct, "extracted": v.extracted, "verifier": item.verifier,
-                        "verifier_version": scorer_version(ctx.recipe.score.verifiers[item.verifier]),
-                        "elapsed_ms": v.elapsed_ms, "detail": v.detail,
+                        "correct": v.correct, "extracted": v.extracted, "elapsed_ms": v.elapsed_ms, "detail": v.detail,
+                        "verifier": item.verifier if own is None else f"recorded.{column}",
+                        "verifier_version": scorer_version(ctx.recipe.score.verifiers[item.verifier]) if own is None
+                        else recorded.VERSION,
                     }
-                    for prompt_id, sha, item, v in zip(
-                        batch["prompt_id"], batch["text_sha"], items, pool.score(items), strict=True
-                    )
+                    for prompt_id, sha, item, own in zip(batch["prompt_id"], batch["text_sha"], items, taken, strict=True)
+                    for v in [next(judged) if own is None else own]
                 ]  # fmt: skip
                 it.partition.write(pa.Table.from_pylist(rows, schema=ARROW["scores"]), it.fingerprint)
                 bar.advance(len(rows))
+
+
+def _taken(batch: pl.DataFrame, column: str | None) -> list[Verdict | None]:
+    """The recorded verdicts of traces that are whole; None where the verifier is to judge."""
+    if column is None:
+        return [None] * batch.height
+    pairs = zip(batch["sampling"], batch["finish_reason"], strict=True)
+    return [recorded.verdict(sampling, column) if reason == "stop" else None for sampling, reason in pairs]
 
 
 def _item(row: dict[str, Any]) -> Item:
