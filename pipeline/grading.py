@@ -9,6 +9,7 @@ into their partitions once every check has passed; a what-if only reads them. Le
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ import pyarrow.parquet as pq
 
 from pipeline.context import Context
 from pipeline.stages.generate import round_prompt_ids
-from pipeline.store import ROW_GROUP_OF_KEYS, ask, open_views, regrouped, sql, stream, view_parts, write_parts
+from pipeline.store import ROW_GROUP, ROW_GROUP_OF_KEYS, ask, open_views, regrouped, sql, stream, view_parts, write_parts
 from pipeline.traces import FITTING, write_fitting_traces
 from schemas.errors import UserError
 from schemas.tables import ARROW
 
 LISTS = ("prompt_tokens", "tokens", "old_logprobs")
 ROUTED = pa.schema([f for f in ARROW["shards"] if f.name not in LISTS])
-MB_PER_THREAD = 256  # DuckDB runs out of memory where many threads share little of it
+MB_PER_THREAD = 192  # DuckDB runs out of memory where many threads share little of it
 
 
 @contextmanager
@@ -53,9 +54,11 @@ class Grading:
         self._con = open_views(ctx.run)
         self._con.execute(f"set memory_limit = '{g.memory_mb}MB'")
         self._con.execute(f"set temp_directory = '{folder / 'spill'}'")
+        self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice
         (cores,) = self._con.execute("select current_setting('threads')").fetchall()[0]
         self._con.execute(f"set threads = {max(1, min(cores, g.memory_mb // MB_PER_THREAD))}")
         self._con.register("round_prompts", pa.table({"prompt_id": round_prompt_ids(ctx, round)}))
+        pa.default_memory_pool().release_unused()  # or what reading the ids took stays beside DuckDB's share
         self._refuse_unscored()
         traces = folder / "fitting_traces.parquet"
         write_fitting_traces(ctx, self._con, round, traces)
@@ -120,20 +123,33 @@ class Grading:
         with pq.ParquetWriter(path, ROUTED, compression="lz4") as writer:
             for group in regrouped(batches, ROW_GROUP_OF_KEYS):
                 writer.write_table(group)
-        view_parts(self._con, "routed", [path], ROUTED)
+        view_parts(self._con, "routed", [path], ROUTED, "file_row_number=true")
         self._refuse_offenders("shards", name)
         return path
 
     def sequences(self, route: str, fingerprint: str) -> tuple[list[Path], dict[str, int]]:
         """The parts of one route's shard, and how many prompts and response tokens it has."""
-        facts = {"prompts": 0, "response_tokens": 0}
         self._ordered_by_the_query(True)
-        batches = _counted(stream(self._con, sql("sequences"), route=route), facts)
-        made = write_parts(self.folder / route, "shards", batches, fingerprint)
-        (facts["prompts"],) = self._con.execute(
-            "select count(distinct prompt_id) from routed where route = $route", {"route": route}
-        ).fetchall()[0]
-        return made, facts
+        query = "select count(distinct prompt_id) as prompts from routed where route = $route"
+        facts = {**ask(self._con, query, route=route).to_pylist()[0], "response_tokens": 0}
+        rows = _counted(self._with_lists(route), facts)
+        return write_parts(self.folder / route, "shards", rows, fingerprint), facts
+
+    def _with_lists(self, route: str) -> Iterator[pa.RecordBatch]:
+        """The routed keys of a route, each with its lists: two streams in one order, side by side."""
+        keys = regrouped(_placed(self.folder / "routed.parquet", route), ROW_GROUP)
+        lists = regrouped(stream(self._con, sql("sequences"), ROW_GROUP, route=route), ROW_GROUP)
+        for mine, theirs in zip_longest(keys, lists):
+            if theirs is None or not mine["place"].equals(theirs["place"]):
+                there = set(theirs["place"].to_pylist()) if theirs is not None else set()
+                row = next(r for r in mine.to_pylist() if r["place"] not in there)
+                raise UserError(
+                    f"{route} row {row['item_id']} of prompt {row['prompt_id']}: a query routed it, and it is no "
+                    f"{'rollout of round ' + str(row['source_round']) if route == 'rl' else 'verified trace that fits'}"
+                )
+            for name in LISTS:
+                mine = mine.append_column(name, theirs[name])
+            yield from mine.drop_columns(["place"]).combine_chunks().to_batches()
 
     def lengths(self) -> Path:
         """The routed keys with the `length` of each response."""
@@ -180,6 +196,15 @@ class Grading:
             raise UserError(
                 f"{name}: the query returned {bad.num_rows} rows that break a rule; the first ({where}): {first['why']}"
             )
+
+
+def _placed(path: Path, route: str) -> Iterator[pa.RecordBatch]:
+    """The rows of one route in a file of routed keys, with the place of each in the file."""
+    at = 0
+    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(ROW_GROUP_OF_KEYS):
+        places = pa.array(range(at, at + batch.num_rows), pa.int64())
+        at += batch.num_rows
+        yield batch.append_column("place", places).filter(pc.field("route") == route)
 
 
 def _cast(batch: pa.RecordBatch, want: pa.Schema, table: str, name: str) -> Iterator[pa.RecordBatch]:

@@ -34,7 +34,6 @@ META_FINGERPRINT = b"dypo.fingerprint"
 MANIFEST = "manifest.json"
 ROW_GROUP = 1024  # of rows with texts or token lists: one prompt is a matter of milliseconds
 ROW_GROUP_OF_KEYS = 64 * ROW_GROUP
-STREAMED = 4 * ROW_GROUP  # rows of a streamed result that are in memory at once
 GROUPS_IN_PART = 64  # of a table that is written as a stream
 PARTITION_KEYS = {name: t.partitions for name, t in TABLES.items()} | {"checkpoints": ("round", "step")}
 _SPLIT = ("prompt_tokens", "tokens", "logprobs", "old_logprobs")  # byte-stream split: 0.35 of raw for ids (measured)
@@ -195,6 +194,8 @@ def write_parts(folder: Path, table: str, batches: Iterable[pa.RecordBatch], fin
 
 
 def _row_group(table: str) -> int:
+    if table == "shards":  # read whole, or by prompt, by which they are sorted
+        return 4 * ROW_GROUP
     heavy = any(pa.types.is_list(f.type) or f.name == "text" for f in ARROW[table])
     return ROW_GROUP if heavy else ROW_GROUP_OF_KEYS
 
@@ -332,12 +333,14 @@ def open_views(*runs: Path) -> "duckdb.DuckDBPyConnection":
     return con
 
 
-def view_parts(con: "duckdb.DuckDBPyConnection", name: str, paths: list[Path], schema: pa.Schema) -> None:
+def view_parts(
+    con: "duckdb.DuckDBPyConnection", name: str, paths: list[Path], schema: pa.Schema, options: str = "union_by_name=true"
+) -> None:
     """A view over Parquet files of this schema, in the place of one that has this name."""
     con.execute(f"drop view if exists {name}")
     if paths:
         listed = ", ".join(map(_quoted, paths))
-        con.execute(f"create view {name} as from read_parquet([{listed}], hive_partitioning=false)")
+        con.execute(f"create view {name} as from read_parquet([{listed}], hive_partitioning=false, {options})")
     else:
         con.register(name, schema.empty_table())
 
@@ -352,9 +355,11 @@ def ask(con: "duckdb.DuckDBPyConnection", text: str, **parameters: object) -> pa
         raise
 
 
-def stream(con: "duckdb.DuckDBPyConnection", text: str, **parameters: object) -> pa.RecordBatchReader:
-    """The result of one query as it comes. Nothing else may be asked of the connection before its end."""
-    return con.sql(text, params=parameters or None).to_arrow_reader(STREAMED)
+def stream(
+    con: "duckdb.DuckDBPyConnection", text: str, rows: int = ROW_GROUP_OF_KEYS, /, **parameters: object
+) -> pa.RecordBatchReader:
+    """The result of one query as it comes, in batches of so many rows. The connection can do nothing else before its end."""
+    return con.sql(text, params=parameters or None).to_arrow_reader(rows)
 
 
 def _view(con: "duckdb.DuckDBPyConnection", name: str, table: str, files: dict[str | None, dict[Path, int]]) -> None:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.context import Context
 from pipeline.policy import Renderer, tokenizer_id
-from pipeline.store import ask, sql, stream
+from pipeline.store import ROW_GROUP, ask, sql, stream
 from schemas.errors import UserError
 from schemas.tables import IDS, S
 
@@ -47,7 +47,7 @@ def _tokenised(
     ctx: Context, con: "duckdb.DuckDBPyConnection", renderer: Renderer, round: int
 ) -> Iterator[list[dict[str, Any]]]:
     samples = {t.name: t.samples for t in ctx.recipe.teachers}
-    for batch in stream(con, sql("verified_traces"), round=round) if samples else ():
+    for batch in stream(con, sql("verified_traces"), ROW_GROUP, round=round) if samples else ():
         rows = [r for r in batch.to_pylist() if r["sample"] < samples.get(r["teacher"], 0)]
         for r in rows:
             _same_prompt(ctx, renderer, round, r["prompt_id"], r.pop("messages"), r["prompt_tokens"])
@@ -65,7 +65,7 @@ def refuse_another_tokenizer(ctx: Context, con: "duckdb.DuckDBPyConnection", ren
     there = round == 0 or ctx.round_end(round - 1) is not None
     folder, policy = ctx.policy_of(round) if there else (ctx.recipe.policy.model, "")
     known = found == [policy] and tokenizer_id(folder) == tokenizer_id(ctx.recipe.policy.model)
-    for batch in stream(con, sql("sampled_prompts"), round=round, rows=RENDERED if known else None):
+    for batch in stream(con, sql("sampled_prompts"), ROW_GROUP, round=round, rows=RENDERED if known else None):
         for row in batch.to_pylist():
             _same_prompt(ctx, renderer, round, row["prompt_id"], row["messages"], row["tokens"])
 
