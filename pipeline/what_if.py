@@ -12,10 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.context import Context, load
+from pipeline.grading import scratch
 from pipeline.stages.grade import grade_now
-from pipeline.store import ask, sql
+from pipeline.store import ask, sql, view_parts
 from schemas.errors import UserError
 from schemas.recipe import Recipe
+from schemas.tables import ARROW
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,12 @@ def what_if(target: Path, overrides: list[str], round: int | None, settings: lis
     now = load(target, overrides)
     then = _then(target, overrides, settings, now)
     round = now.newest_round() if round is None else round
-    con = duckdb.connect()
-    for name, each in (("now", now), ("then", then)):
-        grades, shards = grade_now(each, round)
-        con.register(f"grades_{name}", grades)
-        con.register(f"shards_{name}", shards)
-    found: dict[str, pa.Table] = {name: ask(con, sql(f"what_if/{name}")) for name in ("moves", "routes", "changed")}
+    with scratch(None) as folder:
+        con = duckdb.connect()
+        for name, each in (("now", now), ("then", then)):
+            grades, lengths = grade_now(each, round, folder / name)
+            view_parts(con, f"grades_{name}", grades, ARROW["grades"])
+            view_parts(con, f"shards_{name}", [lengths], pa.schema([]))
+        found: dict[str, pa.Table] = {name: ask(con, sql(f"what_if/{name}")) for name in ("moves", "routes", "changed")}
     prompts = sum(found["moves"]["prompts"].to_pylist())
     return WhatIf(round, settings, prompts, **{name: rows.to_pylist() for name, rows in found.items()})
