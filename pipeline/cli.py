@@ -188,7 +188,7 @@ def generate(
             _tell(stage.teachers(ctx, regenerate=regenerate), as_json)
         if what != "teachers":
             r = ctx.next_round() if round is None else round
-            _tell([stage.rollouts(ctx, r, regenerate=regenerate, reference=_reference(ctx))], as_json)
+            _tell(stage.rollouts(ctx, r, regenerate=regenerate, reference=_reference(ctx)), as_json)
 
 
 @app.command()

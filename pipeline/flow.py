@@ -21,8 +21,12 @@ def score_round(ctx: Context, round: int) -> list[Outcome]:
 
 def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:
     """On-policy refresh: rollouts, verdicts, grades and shards for the round that samples the newest checkpoint."""
-    yield generate.rollouts(ctx, round, regenerate=regenerate, reference=reference)
-    yield from score_round(ctx, round)
+    while True:
+        *told, drawn = generate.rollouts(ctx, round, regenerate=regenerate, reference=reference)
+        yield from (*told, drawn)
+        yield from score_round(ctx, round)
+        if ctx.recipe.rollouts.sequential is None or drawn.added == 0:
+            break
     yield from grade.run(ctx, round)
 
 

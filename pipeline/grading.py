@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import skips
 from pipeline.context import Context
 from pipeline.stages.generate import round_prompt_ids
 from pipeline.store import ROW_GROUP, ROW_GROUP_OF_KEYS, ask, open_views, regrouped, sql, stream, view_parts, write_parts
@@ -57,7 +58,9 @@ class Grading:
         self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice
         (cores,) = self._con.execute("select current_setting('threads')").fetchall()[0]
         self._con.execute(f"set threads = {max(1, min(cores, g.memory_mb // MB_PER_THREAD))}")
-        self._con.register("round_prompts", pa.table({"prompt_id": round_prompt_ids(ctx, round)}))
+        self._con.register("drawn", pa.table({"prompt_id": round_prompt_ids(ctx, round)}))
+        self._con.register("skipped", skips.rows(ctx, round))
+        self._con.execute(f"create temp table round_prompts as {sql('round_prompts')}", {"round": round})
         pa.default_memory_pool().release_unused()  # or what reading the ids took stays beside DuckDB's share
         self._refuse_unscored()
         traces = folder / "fitting_traces.parquet"
@@ -66,7 +69,7 @@ class Grading:
 
     def _refuse_unscored(self) -> None:
         """Makes `verdicts`, one row a rollout; UserError if a rollout has none, or a trace."""
-        path, keys = self.folder / "verdicts.parquet", {"round": self.round, "k": self.ctx.recipe.rollouts.k}
+        path, keys = self.folder / "verdicts.parquet", {"k": self.ctx.recipe.rollouts.k}
         self._ordered_by_the_query(True)
         self._con.execute(f"copy ({sql('verdicts')}) to $path (compression lz4)", {**keys, "path": str(path)})
         view_parts(self._con, "verdicts", [path], pa.schema([]))
@@ -82,7 +85,7 @@ class Grading:
 
     def _all_judged(self) -> bool:
         """Whether `verdicts` has as many rows as there are rollouts to grade: ids are unique, so none is missing then."""
-        got = ask(self._con, sql("checks/judged"), round=self.round, k=self.ctx.recipe.rollouts.k).to_pylist()[0]
+        got = ask(self._con, sql("checks/judged"), k=self.ctx.recipe.rollouts.k).to_pylist()[0]
         return got["rollouts"] == got["verdicts"]
 
     # ------------------------------------------------------------ grades

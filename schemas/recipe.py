@@ -213,6 +213,25 @@ class Policy(Model):
     threads: int | None = Field(default=None, ge=1, description="of torch on a CPU; bitwise resume holds at the same number")
 
 
+class Sequential(Model):
+    """Draws groups in blocks and stops one whose grade is as good as sure. Costs little error, saves some tokens (docs/refresh.md)."""
+
+    block: int = Field(default=4, ge=1, description="rollouts drawn between two looks")
+    confidence: float = Field(default=0.85, gt=0.5, lt=1, description="chance of Easy, or of Hard, at which a group stops")
+    memory: float = Field(
+        default=1.0, ge=0, le=1, description="what a verdict counts for a round later; 0: only this round's"
+    )
+
+
+class Reuse(Model):
+    """Draws anew only for prompts that are Mid, moved or stale; for the others the newest stored rollouts stand (docs/refresh.md)."""
+
+    max_age: int = Field(default=2, ge=1, description="rounds after which any prompt is drawn anew")
+    token_budget: int | None = Field(
+        default=None, ge=1, description="response tokens a round, as estimated from stored lengths"
+    )
+
+
 class Rollouts(Model):
     """k rollouts of the current policy for each prompt of the round."""
 
@@ -227,6 +246,8 @@ class Rollouts(Model):
         default=0.02, ge=0, le=1, description="share of samples whose prompt the policy may not be able to read or answer"
     )
     engine: RolloutEngine = HFEngine()
+    sequential: Sequential | None = Field(default=None, description="default: groups are drawn whole")
+    reuse: Reuse | None = Field(default=None, description="default: every prompt of a round is drawn anew")
 
     @field_validator("engine", mode="before")
     @classmethod

@@ -96,6 +96,28 @@ rollouts = Table(
     "rollouts", "one sample of the policy for one train prompt", ("rollout_id",), ("round",), _rollout, content=("text",)
 )
 
+skips = Table(
+    "skips",
+    "a group of a round that was not drawn to its end, and what stands for the rest",
+    ("round", "prompt_id"),
+    ("round",),
+    (
+        _prompt,
+        _round,
+        C("source_round", I32, "round whose rollouts stand for the group"),
+        C("draws", I32, "rollouts drawn in this round"),
+        C("skipped", I32, "rollouts not drawn"),
+        C("grade", S, "easy | mid | hard: what the whole group would be graded, or was"),
+        C(
+            "chance",
+            F64,
+            "that the whole group gets this grade, as seen when drawing stopped; null: it was whole",
+            nullable=True,
+        ),
+        C("why", S, "sure | unmoved | budget | stale: see rollouts.sequential and rollouts.reuse"),
+    ),
+)
+
 _step = C("step", I32, "optimizer updates done in the round")
 _suite = C("suite", S, "name of the recipe's eval suite")
 eval_rollouts = Table(

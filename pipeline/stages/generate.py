@@ -19,6 +19,7 @@ from pipeline.context import Context
 from pipeline.engines.base import Ask, Engine, Failure, Sample, Sampling
 from pipeline.failures import record, settle
 from pipeline.progress import progress
+from pipeline.skips import wanted as not_skipped
 from pipeline.stage import (
     Outcome,
     Spec,
@@ -27,6 +28,7 @@ from pipeline.stage import (
     finish,
     finished,
     found_fingerprint,
+    make_table,
     need,
     nothing,
     parts_of,
@@ -156,16 +158,22 @@ def rollout_spec(ctx: Context, round: int) -> Spec:
     return Spec("rollouts", ctx.part("rollouts", round=round), config, {}, ctx.recipe.seed, expensive=True)
 
 
-def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: Reference | None = None) -> Outcome:
-    """k rollouts of the round's policy for each of the round's prompts."""
+def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: Reference | None = None) -> list[Outcome]:
+    """k rollouts of the round's policy for each of the round's prompts, but for those that the recipe lets it skip (skips.py)."""
     r = ctx.recipe.rollouts
     rows = round_prompts(ctx, round)
-    work = asks(rows, r.k, (ctx.recipe.seed, round))
+    samples, outcomes = not_skipped(ctx, round, [row["prompt_id"] for row in rows])
+    drawn = [row for row in rows if row["prompt_id"] in samples]
+    it = rollout_spec(ctx, round)
+    if rows and not drawn:  # stored ones stand for every prompt
+        return [*outcomes, nothing(it) if current(it) else make_table(it, ARROW["rollouts"].empty_table())]
+    work = [replace(ask, samples=tuple(range(samples[ask.prompt_id]))) for ask in asks(drawn, r.k, (ctx.recipe.seed, round))]
     sampling = Sampling(r.temperature, r.top_p, r.max_tokens)
-    return sample_policy(
-        ctx, rollout_spec(ctx, round), work, sampling, ctx.policy_of(round), {"round": round},
+    made = sample_policy(
+        ctx, it, work, sampling, ctx.policy_of(round), {"round": round},
         regenerate=regenerate, reference=reference, max_failed=r.max_failed,
     )  # fmt: skip
+    return [*outcomes, made]
 
 
 def sample_policy(

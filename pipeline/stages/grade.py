@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline import skips
 from pipeline.context import Context
 from pipeline.grading import Grading, query_text, scratch
 from pipeline.rows_digest import digest_column
@@ -17,7 +18,13 @@ from pipeline.stages.generate import round_prompt_ids
 from schemas.errors import UserError
 from schemas.ids import digest
 
-MADE_BY = {"prompts": "ingest", "rollouts": "generate", "traces": "generate teachers", "scores": "score"}
+MADE_BY = {
+    "prompts": "ingest",
+    "rollouts": "generate",
+    "skips": "generate",
+    "traces": "generate teachers",
+    "scores": "score",
+}
 
 
 def grade_spec(ctx: Context, round: int) -> Spec:
@@ -43,10 +50,13 @@ def grade_spec(ctx: Context, round: int) -> Spec:
 
 def _inputs(ctx: Context, round: int) -> list[tuple[str, dict[str, Any]]]:
     teachers = [t.name for t in ctx.recipe.teachers]
+    skipped = skips.rows(ctx, round)
+    rounds = sorted({round, *skipped.column("source_round").to_pylist()})
     return [
         ("prompts", {}),
-        ("rollouts", {"round": round}),
-        ("scores", {"kind": "rollout", "round": round}),
+        *((("skips", {"round": round}),) if skipped.num_rows else ()),
+        *(("rollouts", {"round": n}) for n in rounds),
+        *(("scores", {"kind": "rollout", "round": n}) for n in rounds),
         *(("traces", {"teacher": t}) for t in teachers),
         *(("scores", {"kind": "trace", "teacher": t}) for t in teachers),
     ]
