@@ -177,10 +177,31 @@ class VLLMEngine(Model):
     max_model_len: int | None = Field(default=None, ge=1)
     seeded: bool = Field(default=True, description="false: no seed is sent, and the rows say so (seed null)")
     enforce_eager: bool = False
-    max_logprob_difference: float = Field(default=0.05, gt=0, description="engine against the trainer's forward, at start")
+    max_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="engine against the trainer's forward, of any token; default: 0.002, in bfloat16 0.05",
+    )
 
 
-RolloutEngine = Annotated[Union[HFEngine, VLLMEngine], Field(discriminator="type")]
+class VLLMServerEngine(Model):
+    """A vLLM server in dev mode, whose weights are reloaded in place for each policy."""
+
+    type: Literal["vllm_server"]
+    base_url: str = Field(description="of the server, without /v1: http://127.0.0.1:8000")
+    concurrency: int = Field(default=256, ge=1, description="requests at once; a sample is one request")
+    batch_sequences: int = Field(default=4096, ge=1, description="sequences asked for before a part file is written")
+    timeout_s: float = Field(default=600.0, gt=0)
+    retries: int = Field(default=4, ge=0, description="of one request")
+    seeded: bool = Field(default=True, description="false: no seed is sent, and the rows say so (seed null)")
+    max_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="server against the trainer's forward, of any token; default: 0.002, in bfloat16 0.05",
+    )
+
+
+RolloutEngine = Annotated[Union[HFEngine, VLLMEngine, VLLMServerEngine], Field(discriminator="type")]
 
 
 class Policy(Model):

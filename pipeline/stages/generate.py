@@ -132,7 +132,7 @@ def sampling_config(ctx: Context, policy: str, sampling: Sampling) -> dict[str, 
     """The part of a policy engine's settings that its rows depend on."""
     engine = ctx.recipe.rollouts.engine
     config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": engine.type, **vars(sampling)}
-    return config | ({"seeded": engine.seeded} if engine.type == "vllm" else {})
+    return config | ({} if engine.type == "hf" else {"seeded": engine.seeded})
 
 
 def rollout_spec(ctx: Context, round: int) -> Spec:
@@ -177,16 +177,20 @@ def sample_policy(
 
     def engine() -> Engine:
         ctx.verify_policy(folder)
+        if engine_config.type == "hf":
+            from pipeline.engines.hf import HFSampler
+
+            return HFSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer)
+        assert reference is not None, "the command passes the trainer's forward to a vllm engine"
         if engine_config.type == "vllm":
             from pipeline.engines.vllm import VLLMSampler
 
-            assert reference is not None, "the command passes the trainer's forward to a vllm engine"
             return VLLMSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer, reference(folder))
-        from pipeline.engines.hf import HFSampler
+        from pipeline.engines.vllm_server import VLLMServerSampler
 
-        return HFSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer)
+        return VLLMServerSampler(folder, policy_id, ctx.recipe.policy, engine_config, sampling, renderer, reference(folder))
 
-    seeded = engine_config.type != "vllm" or engine_config.seeded
+    seeded = engine_config.type == "hf" or engine_config.seeded
 
     def row(s: Sample) -> dict[str, Any]:
         ask = by_id[s.prompt_id]
