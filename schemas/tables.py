@@ -300,6 +300,7 @@ TABLES: dict[str, Table] = {
         contamination,
         traces,
         rollouts,
+        skips,
         failures,
         scores,
         grades,

@@ -121,9 +121,9 @@ def _judgeable(ctx: Context, kind: str, source: Partition) -> Iterator[pl.DataFr
     id_column = "trace_id" if kind == "trace" else "rollout_id"
     prompts = pl.from_arrow(read_parts(ctx.part("prompts").files(), "prompts").drop_columns(["split"]))
     assert isinstance(prompts, pl.DataFrame)
-    for path in source.files():
+    for paths in [[path] for path in source.files()] or [[]]:  # an empty table has rows of no part
         columns = [id_column, "prompt_id", "text", "finish_reason", *(["sampling"] if kind == "trace" else [])]
-        rows = pl.from_arrow(read_parts([path], source.table, columns))
+        rows = pl.from_arrow(read_parts(paths, source.table, columns))
         assert isinstance(rows, pl.DataFrame)
         shas = pl.Series("text_sha", [text_sha(t) for t in rows["text"]], dtype=pl.String)
         yield rows.rename({id_column: "id"}).with_columns(shas).join(prompts, on="prompt_id", maintain_order="left")
