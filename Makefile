@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 VVENV  := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden golden-record slow real bench-trainer bench-score bench-generate docs clean
+.PHONY: help demo test check golden golden-record slow real bench-trainer bench-score bench-generate bench-skips docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ bench-score: $(VENV)/ready  ## math verdicts against plain math-verify, on the s
 bench-generate: $(VENV)/ready $(VVENV)/ready  ## the embedded engine against transformers.generate, vllm against LLM.generate
 	$(BIN)/python -m tests.bench.generate $(ARGS)
 	$(VVENV)/bin/python -m tests.bench.generate_vllm
+
+bench-skips: $(VENV)/ready  ## tokens saved and routes changed by sequential groups and reuse, replaying whole groups of 16
+	$(BIN)/python -m tests.bench.skips $(ARGS)
 
 tiny-policy: $(VENV)/ready  ## make the embedded policy and its problems again (docs in data/tiny_policy)
 	$(BIN)/python data/make_tiny_policy.py

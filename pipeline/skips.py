@@ -7,6 +7,7 @@ draws what is left. Grading reads them back: `source_round` for each prompt, and
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -94,30 +95,38 @@ def _drawn(ctx: Context, round: int, prompts: list[str], sequential: Sequential)
     """Samples to have by prompt, and the skips of groups that stop."""
     k, grade = ctx.recipe.rollouts.k, ctx.recipe.grade
     standing = _standing(ctx, round, prompts, sequential)
-    first = Counter((row["first_successes"], row["first_draws"]) for row in standing.values())
-    a, b = fit_prior(first)
+    stops = stopping(standing, k, sequential, grade.hard_max_successes, grade.easy_max_failures)
     samples, stopped = {}, []
-    known: dict[tuple[float, ...], tuple[float, float]] = {}
     for prompt in prompts:
-        row = standing.get(prompt)
-        if row is None:
-            samples[prompt] = min(sequential.block, k)
-            continue
-        n, s, past = row["draws"], row["successes"], (row["past_successes"], row["past_failures"])
-        if (n, s, *past) not in known:
-            law = (a + past[0] + s, b + past[1] + n - s)
-            easy = chance(*law, k - n, k - grade.easy_max_failures - s, k - n)
-            hard = chance(*law, k - n, 0, grade.hard_max_successes - s)
-            known[n, s, *past] = (easy, hard)
-        easy, hard = known[n, s, *past]
-        if n < k and max(easy, hard) >= sequential.confidence:
-            samples[prompt] = n
+        n = standing[prompt]["draws"] if prompt in standing else 0
+        samples[prompt] = n if prompt in stops else min(k, n + sequential.block)
+        if prompt in stops:
+            sure, p = stops[prompt]
             stopped.append(
                 {
                     "prompt_id": prompt, "round": round, "source_round": round, "draws": n, "skipped": k - n,
-                    "grade": "hard" if hard >= easy else "easy", "chance": max(easy, hard), "why": "sure",
+                    "grade": sure, "chance": p, "why": "sure",
                 }
             )  # fmt: skip
-        else:
-            samples[prompt] = min(k, n + sequential.block)
     return samples, stopped
+
+
+def stopping(
+    standing: Mapping[str, Row], k: int, sequential: Sequential, hard_max_successes: int, easy_max_failures: int
+) -> dict[str, tuple[str, float]]:
+    """The groups that stop, with the grade they would have had and its chance. standing: rows of sequential.sql by prompt."""
+    a, b = fit_prior(Counter((row["first_successes"], row["first_draws"]) for row in standing.values()))
+    stops: dict[str, tuple[str, float]] = {}
+    known: dict[tuple[float, ...], tuple[float, float]] = {}
+    for prompt, row in standing.items():
+        n, s, past = row["draws"], row["successes"], (row["past_successes"], row["past_failures"])
+        if (n, s, *past) not in known:
+            law = (a + past[0] + s, b + past[1] + n - s)
+            known[n, s, *past] = (
+                chance(*law, k - n, k - easy_max_failures - s, k - n),
+                chance(*law, k - n, 0, hard_max_successes - s),
+            )
+        easy, hard = known[n, s, *past]
+        if n < k and max(easy, hard) >= sequential.confidence:
+            stops[prompt] = ("hard", hard) if hard >= easy else ("easy", easy)
+    return stops
