@@ -17,7 +17,7 @@ def by_math_verify(text: str, answer: str) -> bool:
 
     logging.disable(logging.CRITICAL)
     try:
-        return verify(math_answer._parsed_gold(answer), parse(text, parsing_timeout=None), timeout_seconds=None)
+        return verify(math_answer._parsed_gold(answer), parse(text, parsing_timeout=0), timeout_seconds=None)
     finally:
         logging.disable(logging.NOTSET)
 
