@@ -71,16 +71,19 @@ def _ungraded(recipe: Recipe) -> dict[str, Any]:
 
 def what_if(target: Path, overrides: list[str], round: int | None, settings: list[str]) -> WhatIf:
     """Grades a round (None: the newest) of a recipe or run as it says, and as it would with `settings`, and compares."""
-    import duckdb
-
     now = load(target, overrides)
     then = _then(target, overrides, settings, now)
     round = now.newest_round() if round is None else round
+    return WhatIf(round, settings, **compared(grade_now(now, round), grade_now(then, round)))
+
+
+def compared(now: tuple[pa.Table, pa.Table], then: tuple[pa.Table, pa.Table]) -> dict[str, Any]:
+    """prompts, moves, routes and changed of two gradings (grades and shards) of a round."""
+    import duckdb
+
     con = duckdb.connect()
-    for name, each in (("now", now), ("then", then)):
-        grades, shards = grade_now(each, round)
+    for name, (grades, shards) in (("now", now), ("then", then)):
         con.register(f"grades_{name}", grades)
         con.register(f"shards_{name}", shards)
-    found: dict[str, pa.Table] = {name: ask(con, sql(f"what_if/{name}")) for name in ("moves", "routes", "changed")}
-    prompts = sum(found["moves"]["prompts"].to_pylist())
-    return WhatIf(round, settings, prompts, **{name: rows.to_pylist() for name, rows in found.items()})
+    found = {name: ask(con, sql(f"what_if/{name}")).to_pylist() for name in ("moves", "routes", "changed")}
+    return {"prompts": sum(row["prompts"] for row in found["moves"]), **found}

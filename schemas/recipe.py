@@ -195,9 +195,17 @@ class Score(Model):
 
     verifiers: dict[str, ScorerConfig] = Field(min_length=1)
     workers: int = Field(default=2, ge=1)
-    timeout_s: float = Field(default=10.0, gt=0, description="for one verdict (of processor time, for math); then its process is killed")
+    timeout_s: float = Field(
+        default=10.0, gt=0, description="for one verdict (of processor time, for math); then its process is killed"
+    )
     memory_mb: int | None = Field(default=2048, ge=64, description="address space of a worker; null: no limit")
     max_failed: float = Field(default=0.1, ge=0, le=1, description="share of verdicts that may be timeout or error")
+    max_truncated: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of a round's rollouts that may be cut at their length limit; past it grade refuses",
+    )
 
 
 class Grade(Model):

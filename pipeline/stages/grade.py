@@ -88,6 +88,7 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
 def run(ctx: Context, round: int) -> list[Outcome]:
     """Grades one round and routes it."""
     _need_inputs(ctx, round)
+    _refuse_unreliable_verdicts(ctx, round)
     it = grade_spec(ctx, round)
     restore(it)
     if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):
@@ -100,10 +101,13 @@ def run(ctx: Context, round: int) -> list[Outcome]:
     return [graded, *_route(ctx, round, routes, _connection(ctx, round, traces))]
 
 
-def grade_now(ctx: Context, round: int) -> tuple[pa.Table, pa.Table]:
-    """The rows of grades and of shards as the context's recipe makes them from what is stored, written nowhere."""
+def grade_now(ctx: Context, round: int, scores: pa.Table | None = None) -> tuple[pa.Table, pa.Table]:
+    """The rows of grades and of shards as the context's recipe makes them from what is stored, written nowhere.
+
+    `scores`: verdicts that count in place of the stored ones on the same rows.
+    """
     _need_inputs(ctx, round)
-    con = _connection(ctx, round, _fitting_traces(ctx, round))
+    con = _connection(ctx, round, _fitting_traces(ctx, round, scores), scores)
     grades = _grade_rows(ctx, round, con)
     con.register("grades", grades)  # stands before the view of what is stored
     return grades, _shard_rows(ctx, round, con)
@@ -115,6 +119,29 @@ def _need_inputs(ctx: Context, round: int) -> None:
         need(ctx.run, table, keys, command=f"dypo {MADE_BY[table]} {ctx.run}{with_round}")
 
 
+def _refuse_unreliable_verdicts(ctx: Context, round: int) -> None:
+    """UserError where so many verdicts failed, or so many rollouts were cut, that grades would say more of that than of the policy."""
+    limits = ctx.recipe.score
+    for part in (ctx.part(table, **keys) for table, keys in _inputs(ctx, round) if table == "scores"):
+        manifest = part.manifest()
+        assert manifest is not None
+        statuses, rows = manifest.facts["statuses"], manifest.rows
+        failed, cut = statuses.get("timeout", 0) + statuses.get("error", 0), statuses.get("truncated", 0)
+        if failed > limits.max_failed * rows:
+            raise UserError(
+                f"{part.label}: {failed} of {rows} verdicts are timeout or error, more than score.max_failed = {limits.max_failed}; grades "
+                f'would rest on the others. See `dypo sql {ctx.run} "select status, detail, count(*) from scores group by all"`; mend the '
+                "verifier or raise score.timeout_s and run `dypo score` again, or raise score.max_failed"
+            )
+        if part.label.startswith("scores/kind=rollout") and cut > limits.max_truncated * rows:
+            raise UserError(
+                f"{part.label}: {cut} of {rows} rollouts were cut at rollouts.max_tokens = {ctx.recipe.rollouts.max_tokens}, more than "
+                f"score.max_truncated = {limits.max_truncated}; a cut rollout counts as wrong, so prompts would be graded hard for their "
+                "length. Raise rollouts.max_tokens and generate again, sample a policy that ends its answers, or, if they are to count as "
+                "wrong, raise score.max_truncated"
+            )
+
+
 def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
     grades = graded.partition.manifest()
     assert grades is not None
@@ -124,9 +151,20 @@ def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
     return specs
 
 
-def _connection(ctx: Context, round: int, traces: pa.Table) -> "duckdb.DuckDBPyConnection":
-    """Views of the run as it is now, the round's prompts, and the tokenised traces as the table `fitting_traces`."""
+def _views(ctx: Context, scores: pa.Table | None) -> "duckdb.DuckDBPyConnection":
     con = open_views(ctx.run)
+    if scores is not None:
+        con.register("other_scores", scores)
+        con.execute(
+            "create temp view scores as select * from memory.main.scores anti join other_scores using (kind, id) "
+            "union all by name select * from other_scores"
+        )
+    return con
+
+
+def _connection(ctx: Context, round: int, traces: pa.Table, scores: pa.Table | None = None) -> "duckdb.DuckDBPyConnection":
+    """Views of the run as it is now, the round's prompts, and the tokenised traces as the table `fitting_traces`."""
+    con = _views(ctx, scores)
     con.execute("set threads = 1")  # byte-equal aggregates; grading is far from being the slow part
     con.register("fitting_traces_arrow", traces)
     con.execute("create table fitting_traces as select * from fitting_traces_arrow")
@@ -134,12 +172,12 @@ def _connection(ctx: Context, round: int, traces: pa.Table) -> "duckdb.DuckDBPyC
     return con
 
 
-def _fitting_traces(ctx: Context, round: int) -> pa.Table:
+def _fitting_traces(ctx: Context, round: int, scores: pa.Table | None = None) -> pa.Table:
     """Verified traces of the round's prompts as token ids: prompt as the rollouts have it, text, end-of-sequence.
 
     Traces of a teacher that the recipe no longer names, or beyond its `samples`, stay on disk and out of the result.
     """
-    con = open_views(ctx.run)
+    con = _views(ctx, scores)
     renderer = Renderer(ctx.recipe.policy.model)
     _refuse_another_tokenizer(ctx, con, renderer, round)
     samples = {t.name: t.samples for t in ctx.recipe.teachers}

@@ -2,7 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import polars as pl
@@ -49,37 +52,68 @@ def _code(verifier: ScorerConfig) -> dict[str, str]:
 
 def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
     """Scores some partitions, given with their kind. One pool serves them all and starts only when there is work."""
-    pool: VerdictPool | None = None
     outcomes = []
-    try:
+    with ExitStack() as stack:
+        pool = _lazy_pool(ctx, stack)
         for kind, source in sources:
-            started = time.monotonic()
             need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
             it = spec(ctx, kind, source)
             begin(it)
             if (found := it.partition.manifest()) and _too_many_failed(ctx, found.failed, found.rows):
                 set_aside(it)  # the user has mended something: judge anew
-            done = _verdicts(it)
-            now = pl.concat([f.select("id", "text_sha") for f in _judgeable(ctx, kind, source)])
-            if done.join(now, on=["id", "text_sha"], how="anti").height:
-                set_aside(it)  # verdicts on rows that are gone, or whose text was written anew
-                done = done.clear()
-            left = now.height - done.height
-            if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
-                outcomes.append(nothing(it))
-                continue
-            if left and pool is None:
-                s = ctx.recipe.score
-                pool = VerdictPool(s.verifiers, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb).__enter__()
-            if left and pool is not None:
-                _score(ctx, it, kind, source, done, left, pool)
-            outcomes.append(_finish(it, started))
-    finally:
-        if pool is not None:
-            pool.__exit__(None, None, None)
+            outcomes.append(_judged(ctx, it, kind, source, pool))
     for outcome in outcomes:
         _refuse_a_broken_verifier(ctx, outcome)
     return outcomes
+
+
+def aside(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Spec]:
+    """The verdicts that `run` would come to, with `scores` left as it is: those that are not there yet are judged into the
+    folder of superseded partitions from which `run` brings them back.
+    """
+    specs = []
+    with ExitStack() as stack:
+        pool = _lazy_pool(ctx, stack)
+        for kind, source in sources:
+            need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
+            it = spec(ctx, kind, source)
+            if not current(it):
+                it = replace(it, partition=kept_under(it.partition, it.fingerprint))
+                it.partition.remove_temporary()
+                _judged(ctx, it, kind, source, pool)
+            specs.append(it)
+    return specs
+
+
+def kept_under(part: Partition, fingerprint: str) -> Partition:
+    """The superseded partition of this fingerprint, whether it is there or not."""
+    return Partition(part.run / "superseded" / "score" / fingerprint[:16], part.table, part.keys)
+
+
+def _lazy_pool(ctx: Context, stack: ExitStack) -> Callable[[], VerdictPool]:
+    s = ctx.recipe.score
+
+    @cache
+    def started() -> VerdictPool:
+        return stack.enter_context(VerdictPool(s.verifiers, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb))
+
+    return started
+
+
+def _judged(ctx: Context, it: Spec, kind: str, source: Partition, pool: Callable[[], VerdictPool]) -> Outcome:
+    """Judges what has no verdict in the spec's partition yet."""
+    started = time.monotonic()
+    done = _verdicts(it)
+    now = pl.concat([f.select("id", "text_sha") for f in _judgeable(ctx, kind, source)])
+    if done.join(now, on=["id", "text_sha"], how="anti").height:
+        set_aside(it)  # verdicts on rows that are gone, or whose text was written anew
+        done = done.clear()
+    left = now.height - done.height
+    if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
+        return nothing(it)
+    if left:
+        _score(ctx, it, kind, source, done, left, pool())
+    return _finish(it, started)
 
 
 def _verdicts(it: Spec) -> pl.DataFrame:
