@@ -7,10 +7,10 @@ Each stage's fingerprint hashes the slice of the recipe that its outputs depend 
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from schemas.address import without_secret
 from schemas.errors import UserError
 from schemas.scorers import ScorerConfig
 
@@ -100,12 +100,7 @@ class OpenAIEngine(Model):
     @field_validator("base_url")
     @classmethod
     def _address_without_secret(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected http(s)://host:port/v1")
-        if parts.username or parts.password or parts.query:  # the recipe is kept in the run folder
-            raise ValueError("give the address alone: a key belongs in the environment variable that api_key_env names")
-        return url
+        return without_secret(url)
 
 
 class ReplayEngine(Model):

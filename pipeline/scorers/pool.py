@@ -177,7 +177,7 @@ class _Round:
     def __init__(self, pool: VerdictPool, items: Sequence[Item]) -> None:
         self.pool = pool
         self.items = items
-        self.verdicts: list[Verdict | None] = [_decided_here(item) for item in items]
+        self.verdicts: list[Verdict | None] = [decided_unread(item) for item in items]
         self.queue: deque[_Job] = deque(_chunked(items, self.verdicts))
         self.in_flight: dict[Future[list[Verdict]], _Job] = {}
         self.breakdowns = 0
@@ -306,7 +306,8 @@ def _absolute(config: ScorerConfig, root: Path | None) -> ScorerConfig:
     return config.model_copy(update={"function": f"{found}:{name}"})
 
 
-def _decided_here(item: Item) -> Verdict | None:
+def decided_unread(item: Item) -> Verdict | None:
+    """The verdict on an item that no verifier is to see."""
     if item.finish_reason == "length":
         return Verdict("truncated", detail="generation stopped at its length limit")
     if len(item.text) > TEXT_CHARS:
