@@ -220,6 +220,10 @@ class GAL(Model):
     logp_reduction: Literal["mean", "sum"] = "mean"
     ref: Literal["init", "none", "old"] = "init"
     beta: float = Field(default=1.0, gt=0)
+    pairs: Literal["correct", "reward"] = Field(
+        default="correct",
+        description="reward: of graded rewards (a judge's), every pair with R(s) > R(f) within a Mid group",
+    )
 
 
 class GRPO(Model):
