@@ -212,7 +212,7 @@ def score(
     if against is not None:
         from pipeline.rescore import against as rescore
 
-        return _show_rescored(rescore(target, set or [], round, against), target, as_json)
+        return _show_rescored(rescore(target, set or [], round, against), target, set or [], as_json)
     with _writing(target, set) as ctx:
         _tell(score_round(ctx, ctx.newest_round() if round is None else round), as_json)
 
@@ -516,8 +516,10 @@ def _show_what_if(found: "WhatIf", as_json: bool) -> None:
         shell.show(pa.Table.from_pylist(rows), False)
 
 
-def _show_rescored(found: "Rescored", target: Path, as_json: bool) -> None:
+def _show_rescored(found: "Rescored", target: Path, overrides: list[str], as_json: bool) -> None:
     """Verdicts that flipped, some of them in full, and what would be graded and routed otherwise."""
+    import shlex
+
     import pyarrow as pa
 
     from pipeline import shell
@@ -525,6 +527,7 @@ def _show_rescored(found: "Rescored", target: Path, as_json: bool) -> None:
     if as_json:
         return print(json.dumps(vars(found)))
     flipped = sum(row["rows"] for row in found.flips)
+    words = shlex.join([str(target), f"--round={found.round}", *(f"--set={item}" for item in overrides)])
     print(
         f"version {found.version} -> today's: {flipped} of {found.verdicts} verdicts flip (scores and grades are as they were)"
     )
@@ -534,10 +537,14 @@ def _show_rescored(found: "Rescored", target: Path, as_json: bool) -> None:
         if rows:
             print()
             shell.show(pa.Table.from_pylist(rows), False)
-    print(f"\nround {found.round}, graded with today's: {len(found.changed)} of {found.prompts} prompts change\n")
+    print(
+        f"\nround {found.round}: {len(found.changed)} of {found.prompts} prompts change (now: by version {found.version}, then: by today's)\n"
+    )
     for rows in (found.moves, found.routes):
         shell.show(pa.Table.from_pylist(rows), False)
-    print(f"\n`dypo score {target}` makes today's verdicts the run's, without judging again; then `dypo grade {target}`")
+    print(
+        f"\n`dypo score {words}` makes today's verdicts the run's, without judging again; then `dypo grade {target} --round={found.round}`"
+    )
 
 
 def _show_audit(entry: dict[str, Any]) -> None:

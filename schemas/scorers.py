@@ -16,7 +16,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 
 
 class _Scorer(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class MathScorer(_Scorer):
