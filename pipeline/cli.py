@@ -140,7 +140,7 @@ def _reference(ctx: "Context") -> Any:
 
     None for hf, which is that forward. Loaded at the first call, on the CPU: a GPU is the engine's.
     """
-    if ctx.recipe.rollouts.engine.type != "vllm":
+    if ctx.recipe.rollouts.engine.type == "hf":
         return None
     from trainer import api
 

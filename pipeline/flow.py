@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.context import Context
+from pipeline.engines import vllm
 from pipeline.policy import check_folder
 from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome
@@ -40,6 +41,7 @@ def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: 
         yield from evaluate.run(ctx, 0, 0, regenerate=regenerate, reference=reference)
     for round in range(ctx.recipe.rounds):
         yield from refresh(ctx, round, regenerate=regenerate, reference=reference)
+        vllm.shut_down()  # its memory is the trainer's now
         yield from train.run(ctx, round, trainer, regenerate=regenerate, empty_ok=True)
         if due_for_eval(ctx, round):
             yield from evaluate.run(ctx, round, final_step(ctx, round), regenerate=regenerate, reference=reference)

@@ -73,12 +73,40 @@ class GymSource(Model):
 Source = Annotated[Union[FileSource, GymSource], Field(discriminator="type")]
 
 
+class Decontaminate(Model):
+    """Train prompts that share a run of words with an eval prompt: table `contamination` (docs/corpora.md)."""
+
+    ngram: int = Field(default=13, ge=2, description="words in a row that must be the same")
+    action: Literal["drop", "flag"] = Field(
+        default="drop", description="drop: they never reach generate; flag: rows of `contamination` alone"
+    )
+
+
 # ---------------------------------------------------------------- generation
 class ProgramEngine(Model):
     """A solver in Python: a built-in (`tiny.left`, `worked_solution`) or the user's `path/to/file.py:function`."""
 
     type: Literal["program"]
     program: str
+    max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
+
+
+class Budget(Model):
+    """What a teacher may use up in its whole stage, by the server's own count; reached: no new request, exit code 1."""
+
+    tokens: int | None = Field(default=None, ge=1, description="completion tokens")
+    cost: float | None = Field(default=None, gt=0, description="in the currency of the two prices")
+    input_price: float | None = Field(default=None, ge=0, description="of a million prompt tokens")
+    output_price: float | None = Field(default=None, ge=0, description="of a million completion tokens")
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> "Budget":
+        prices = (self.input_price, self.output_price)
+        if (self.cost is None) != (prices == (None, None)) or (self.cost is not None and None in prices):
+            raise ValueError("cost, input_price and output_price belong together: give all three, or tokens alone")
+        if self.tokens is None and self.cost is None:
+            raise ValueError("expected tokens, or cost with input_price and output_price")
+        return self
 
 
 class OpenAIEngine(Model):
@@ -96,6 +124,7 @@ class OpenAIEngine(Model):
     timeout_s: float = Field(default=120.0, gt=0)
     retries: int = Field(default=4, ge=0, description="of a request that timed out, got 429 or 5xx, or garbage")
     max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
+    budget: Budget | None = None
 
     @field_validator("base_url")
     @classmethod
@@ -104,11 +133,15 @@ class OpenAIEngine(Model):
 
 
 class ReplayEngine(Model):
-    """Recorded traces: LUFFY's `target` column, OpenR1-Math-220k's `generations`, or JSONL with `prompt`+`text`."""
+    """Recorded traces: LUFFY's `target`, OpenR1-Math-220k's `generations`, TRL's and verl's logs, `prompt`+`text` (docs/corpora.md)."""
 
     type: Literal["replay"]
     path: Path
     select: str | None = Field(default=None, description="of a target with several teachers: the one to take")
+    verdict: str | None = Field(
+        default=None,
+        description="a recorded column that stands for the verifier's verdict on these traces: true, or 1 and more, is right",
+    )
 
 
 TeacherEngine = Annotated[Union[ProgramEngine, OpenAIEngine, ReplayEngine], Field(discriminator="type")]
@@ -139,10 +172,31 @@ class VLLMEngine(Model):
     max_model_len: int | None = Field(default=None, ge=1)
     seeded: bool = Field(default=True, description="false: no seed is sent, and the rows say so (seed null)")
     enforce_eager: bool = False
-    max_logprob_difference: float = Field(default=0.05, gt=0, description="engine against the trainer's forward, at start")
+    max_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="engine against the trainer's forward, of any token; default: 0.002, in bfloat16 0.05",
+    )
 
 
-RolloutEngine = Annotated[Union[HFEngine, VLLMEngine], Field(discriminator="type")]
+class VLLMServerEngine(Model):
+    """A vLLM server in dev mode, whose weights are reloaded in place for each policy."""
+
+    type: Literal["vllm_server"]
+    base_url: str = Field(description="of the server, without /v1: http://127.0.0.1:8000")
+    concurrency: int = Field(default=256, ge=1, description="requests at once; a sample is one request")
+    batch_sequences: int = Field(default=4096, ge=1, description="sequences asked for before a part file is written")
+    timeout_s: float = Field(default=600.0, gt=0)
+    retries: int = Field(default=4, ge=0, description="of one request")
+    seeded: bool = Field(default=True, description="false: no seed is sent, and the rows say so (seed null)")
+    max_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="server against the trainer's forward, of any token; default: 0.002, in bfloat16 0.05",
+    )
+
+
+RolloutEngine = Annotated[Union[HFEngine, VLLMEngine, VLLMServerEngine], Field(discriminator="type")]
 
 
 class Policy(Model):
@@ -164,7 +218,20 @@ class Rollouts(Model):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = 1.0
     max_tokens: int = Field(default=2048, ge=1)
+    max_failed: float = Field(
+        default=0.02, ge=0, le=1, description="share of samples whose prompt the policy may not be able to read or answer"
+    )
     engine: RolloutEngine = HFEngine()
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _not_recorded(cls, engine: Any) -> Any:
+        if isinstance(engine, dict) and engine.get("type") == "replay":
+            raise ValueError(
+                "recorded completions cannot be training rollouts: nobody kept the sampling policy's token ids and log-probs, "
+                "which the importance ratios need. Import them as traces: [[teachers]] with engine = { type = 'replay', ... }"
+            )
+        return engine
 
     @field_validator("k")
     @classmethod
@@ -441,6 +508,7 @@ class Recipe(Model):
     rounds: int = Field(default=1, ge=1)
     policy: Policy
     sources: list[Source] = Field(min_length=1)
+    decontaminate: Decontaminate | None = None
     teachers: list[Teacher] = []
     rollouts: Rollouts = Rollouts()
     score: Score

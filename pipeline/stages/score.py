@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.context import Context
 from pipeline.progress import progress
-from pipeline.scorers import Item, Verdict, VerdictPool, judge
+from pipeline.scorers import Item, Verdict, VerdictPool, judge, recorded
 from pipeline.scorers import version as scorer_version
 from pipeline.scorers.pool import decided_unread
 from pipeline.scorers.user import source_hash
@@ -21,6 +21,7 @@ from pipeline.stage import Outcome, Spec, begin, counts, current, finish, need, 
 from pipeline.store import Partition, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.ids import text_sha
+from schemas.recipe import ReplayEngine
 from schemas.scorers import JudgeScorer, ScorerConfig, UserScorer
 from schemas.tables import ARROW
 
@@ -41,9 +42,17 @@ def spec(ctx: Context, kind: str, source: Partition) -> Spec:
     }
     part, limits = ctx.part("scores", kind=kind, **dict(source.keys)), ctx.recipe.score
     parents = {source.label: manifest.fingerprint, "prompts": prompts.identity}
-    return Spec(
-        "score", part, {"verifiers": verifiers, "timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}, parents, 0
-    )
+    config: dict[str, Any] = {"verifiers": verifiers, "timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}
+    if (column := _recorded(ctx, kind, source)) is not None:
+        config["recorded"] = column
+    return Spec("score", part, config, parents, 0)
+
+
+def _recorded(ctx: Context, kind: str, source: Partition) -> str | None:
+    """The recorded column that judges these traces, if their teacher's recipe names one."""
+    name = dict(source.keys).get("teacher")
+    engines = [t.engine for t in ctx.recipe.teachers if kind == "trace" and t.name == name]
+    return next((e.verdict for e in engines if isinstance(e, ReplayEngine)), None)
 
 
 def _code(verifier: ScorerConfig) -> dict[str, str]:
@@ -61,6 +70,7 @@ def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
         for kind, source in sources:
             need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
             it = spec(ctx, kind, source)
+            _refuse_unrecorded(ctx, kind, source)
             begin(it)
             if (found := it.partition.manifest()) and _too_many_failed(ctx, found.failed, found.rows):
                 set_aside(it)  # the user has mended something: judge anew
@@ -80,6 +90,7 @@ def aside(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Spec]:
         for kind, source in sources:
             need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
             it = spec(ctx, kind, source)
+            _refuse_unrecorded(ctx, kind, source)
             if not current(it):
                 it = replace(it, partition=kept_under(it.partition, it.fingerprint))
                 it.partition.remove_temporary()
@@ -132,6 +143,23 @@ def _judged(ctx: Context, it: Spec, kind: str, source: Partition, workers: Worke
     return _finish(it, started)
 
 
+def _refuse_unrecorded(ctx: Context, kind: str, source: Partition) -> None:
+    """UserError if the recorded column that is to judge traces stands in none of them."""
+    if (column := _recorded(ctx, kind, source)) is None:
+        return
+    seen: set[str] = set()
+    for path in source.files():
+        for sampling in read_parts([path], source.table, ["sampling"]).column("sampling").to_pylist():
+            seen |= recorded.columns(sampling)
+            if column in seen:
+                return
+    name = dict(source.keys)["teacher"]
+    raise UserError(
+        f"teachers.{name}.engine.verdict = '{column}': none of its traces has it. Recorded of them: "
+        f"{', '.join(sorted(seen)) or 'nothing'}. Name one of those, or leave `verdict` out to have the traces verified"
+    )
+
+
 def _verdicts(it: Spec) -> pl.DataFrame:
     """What has been judged already: id and the hash of the text."""
     frame = pl.from_arrow(read_parts(parts_of(it), "scores", ["id", "text_sha"]))
@@ -145,7 +173,8 @@ def _judgeable(ctx: Context, kind: str, source: Partition) -> Iterator[pl.DataFr
     prompts = pl.from_arrow(read_parts(ctx.part("prompts").files(), "prompts").drop_columns(["split"]))
     assert isinstance(prompts, pl.DataFrame)
     for path in source.files():
-        rows = pl.from_arrow(read_parts([path], source.table, [id_column, "prompt_id", "text", "finish_reason"]))
+        columns = [id_column, "prompt_id", "text", "finish_reason", *(["sampling"] if kind == "trace" else [])]
+        rows = pl.from_arrow(read_parts([path], source.table, columns))
         assert isinstance(rows, pl.DataFrame)
         shas = pl.Series("text_sha", [text_sha(t) for t in rows["text"]], dtype=pl.String)
         yield rows.rename({id_column: "id"}).with_columns(shas).join(prompts, on="prompt_id", maintain_order="left")
@@ -154,18 +183,21 @@ def _judgeable(ctx: Context, kind: str, source: Partition) -> Iterator[pl.DataFr
 def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, workers: Workers) -> None:
     """Judges what the anti-join leaves."""
     keys = {"kind": kind, "round": None, "step": None, "suite": None, "teacher": None, **dict(source.keys)}
+    column = _recorded(ctx, kind, source)
     with progress(it.partition.label, done.height + left, done.height) as bar:
         for judgeable in _judgeable(ctx, kind, source):
             todo = judgeable.join(done, on=["id", "text_sha"], how="anti", maintain_order="left")
             for batch in todo.iter_slices(BATCH):
                 items = [_item(row) for row in batch.iter_rows(named=True)]
-                for found in _verdicts_on(ctx, items, workers):
+                taken = _taken(batch, column)
+                for found in _verdicts_on(ctx, items, taken, workers):
                     rows = [
                         {
                             **keys, "id": items[at].id, "prompt_id": batch["prompt_id"][at], "text_sha": batch["text_sha"][at],
                             "status": v.status, "reward": v.reward, "correct": v.correct, "extracted": v.extracted,
-                            "verifier": items[at].verifier,
-                            "verifier_version": scorer_version(ctx.recipe.score.verifiers[items[at].verifier]),
+                            "verifier": items[at].verifier if taken[at] is None else f"recorded.{column}",
+                            "verifier_version": scorer_version(ctx.recipe.score.verifiers[items[at].verifier])
+                            if taken[at] is None else recorded.VERSION,
                             "elapsed_ms": v.elapsed_ms, "detail": v.detail,
                         }
                         for at, v in found
@@ -174,15 +206,24 @@ def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFr
                     bar.advance(len(rows))
 
 
-def _verdicts_on(ctx: Context, items: list[Item], workers: Workers) -> Iterator[list[tuple[int, Verdict]]]:
-    """(position, verdict) of every item, in lists that are each worth a part: the pool's at once, a judge's as they come."""
+def _verdicts_on(
+    ctx: Context, items: list[Item], taken: list[Verdict | None], workers: Workers
+) -> Iterator[list[tuple[int, Verdict]]]:
+    """(position, verdict) of every item, in lists that are each worth a part: what is recorded and the pool's at once, a judge's
+    as they come."""
     by_judge: dict[str, list[int]] = {}
     for_pool = []
     for at, item in enumerate(items):
+        if taken[at] is not None:
+            continue
         asked = isinstance(ctx.recipe.score.verifiers.get(item.verifier), JudgeScorer)
         (by_judge.setdefault(item.verifier, []) if asked else for_pool).append(at)
-    if for_pool:
-        yield list(zip(for_pool, workers.pool.score([items[at] for at in for_pool]), strict=True))
+    pooled = workers.pool.score([items[at] for at in for_pool]) if for_pool else []
+    found = dict(zip(for_pool, pooled, strict=True)) | {
+        at: verdict for at, verdict in enumerate(taken) if verdict is not None
+    }
+    if found:
+        yield sorted(found.items())
     for name, positions in by_judge.items():
         config = ctx.recipe.score.verifiers[name]
         assert isinstance(config, JudgeScorer)
@@ -190,8 +231,8 @@ def _verdicts_on(ctx: Context, items: list[Item], workers: Workers) -> Iterator[
         left = sorted(set(positions) - {at for at, _ in unread})
         kept = unread
         try:
-            for found in judge.judge(name, config, [items[at] for at in left], workers.memory):
-                kept += [(left[at], verdict) for at, verdict in found]
+            for said in judge.judge(name, config, [items[at] for at in left], workers.memory):
+                kept += [(left[at], verdict) for at, verdict in said]
                 if len(kept) >= ASKED:
                     full, kept = kept, []
                     yield full
@@ -201,6 +242,14 @@ def _verdicts_on(ctx: Context, items: list[Item], workers: Workers) -> Iterator[
             raise
         if kept:
             yield kept
+
+
+def _taken(batch: pl.DataFrame, column: str | None) -> list[Verdict | None]:
+    """The recorded verdicts of traces that are whole; None where the verifier is to judge."""
+    if column is None:
+        return [None] * batch.height
+    pairs = zip(batch["sampling"], batch["finish_reason"], strict=True)
+    return [recorded.verdict(sampling, column) if reason == "stop" else None for sampling, reason in pairs]
 
 
 def _item(row: dict[str, Any]) -> Item:
