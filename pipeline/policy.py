@@ -16,10 +16,7 @@ from typing import Any
 from schemas.errors import UserError
 from schemas.ids import digest
 
-CONTENT = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -31,6 +28,7 @@ CONTENT = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CONTENT = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER)
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 THINK = "<think>\n"
 
@@ -43,7 +41,16 @@ def policy_id(folder: Path) -> str:
     Only the folder itself counts, so `trainer/` never does; `generation_config.json` does not either.
     """
     check_folder(folder)
-    files = {path for pattern in CONTENT for path in folder.glob(pattern) if path.is_file()}
+    return _content_id(folder, CONTENT)
+
+
+def tokenizer_id(folder: Path) -> str:
+    """The same of its tokenizer and chat template alone: two folders with one id render every prompt alike."""
+    return _content_id(folder, TOKENIZER)
+
+
+def _content_id(folder: Path, patterns: tuple[str, ...]) -> str:
+    files = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return digest(sorted([path.name, _sha256(path)] for path in files))
 
 

@@ -6,24 +6,23 @@ that flipped, some of them in full, and the grades and routes that would follow,
 functions. `dypo score` then takes today's verdicts over without judging again.
 
 VERSION is a verifier's version number, or the beginning of the id that the list of kept versions shows, where a number is not
-enough (an option of the verifier was changed, not its version). Left out: eval verdicts, which no grade reads.
+enough (an option of the verifier was changed, not its version). Left out: eval verdicts, which no grade reads, and those on rows of
+earlier rounds that this one reuses.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.context import Context, load
 from pipeline.flow import judged_in
 from pipeline.stages import score
-from pipeline.stages.grade import grade_now
-from pipeline.store import Partition, ask, lock, open_views, read_parts, sql
+from pipeline.store import Partition, ask, lock, open_views, sql, view_parts
 from pipeline.what_if import compared
 from schemas.errors import UserError
 from schemas.ids import digest
 from schemas.manifest import Manifest
+from schemas.tables import ARROW
 
 EXAMPLES = 3  # of each kind of flip
 
@@ -57,20 +56,16 @@ def against(target: Path, overrides: list[str], round: int | None, version: str)
         )
     with lock(ctx.run):
         today = score.aside(ctx, sources)
-    was = _rows([part for part in older if part is not None])
-    now = _rows([it.partition for it in today])
+    was = [path for part in older if part is not None for path in part.files()]
+    now = [path for it in today for path in it.partition.files()]
     con = open_views(ctx.run)
-    con.register("scores_was", was)
-    con.register("scores_now", now)
+    view_parts(con, "scores_was", was, ARROW["scores"])
+    view_parts(con, "scores_now", now, ARROW["scores"])
+    verdicts = ask(con, "select count(*) as n from scores_was").to_pylist()[0]["n"]
     flips = ask(con, sql("what_if/flips")).to_pylist()
     examples = ask(con, sql("what_if/flip_examples"), examples=EXAMPLES).to_pylist()
     without = [it.partition.label for it, part in zip(today, older, strict=True) if part is None]
-    graded = compared(grade_now(ctx, round, was), grade_now(ctx, round, now))
-    return Rescored(round, version, was.num_rows, without, flips, examples, **graded)
-
-
-def _rows(parts: list[Partition]) -> pa.Table:
-    return read_parts([path for part in parts for path in part.files()], "scores")
+    return Rescored(round, version, verdicts, without, flips, examples, **compared(round, (ctx, was), (ctx, now)))
 
 
 def _of_version(ctx: Context, kind: str, source: Partition, version: str) -> Partition | None:

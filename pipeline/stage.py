@@ -4,6 +4,7 @@ A stage is a function of complete upstream partitions and a slice of the recipe.
 it with what lies on disk (nothing / the same / something else), `finish` writes the manifest last.
 """
 
+import os
 import subprocess
 import time
 from collections import Counter
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pipeline.store import MANIFEST, Partition, partition, read_parts, sha256_file
+from pipeline.rows_digest import digest_parts
+from pipeline.store import MANIFEST, Partition, fsync_folder, part_version, partition, read_parts, sha256_file
+from schemas.columns import SCHEMA_VERSION
 from schemas.errors import UserError
-from schemas.ids import digest, rows_digest
+from schemas.ids import digest
 from schemas.manifest import Manifest, Part
-from schemas.tables import TABLES
 
 # Bumped by hand when a stage's outputs would change for the same inputs.
 VERSIONS = {
@@ -187,17 +190,10 @@ def finish(spec: Spec, *, failed: int = 0, facts: dict[str, Any] | None = None, 
     before = part.manifest()
     known = {p.name: p for p in before.parts} if before else {}
     paths = sorted(parts_of(spec))
-    declared = TABLES[part.table]
-    columns = read_parts(paths, part.table, [*declared.key, *declared.content]).columns
-    rows = list(zip(*(c.to_pylist() for c in columns), strict=True))
-    if len({r[: len(declared.key)] for r in rows}) != len(rows):
-        raise AssertionError(f"{part.folder}: a key of {part.table} stands twice; this is a bug in dypo")
-    parts = []
-    for path in paths:
-        parts.append(
-            known.get(path.name) or describe(path, read_parts([path], part.table, [TABLES[part.table].key[0]]).num_rows)
-        )
-    added = len(rows) - (before.rows if before else 0)
+    digested = digest_parts(paths, part.table)
+    parts = [known.get(path.name) or describe_part(path) for path in paths]
+    rows = sum(p.rows for p in parts)
+    added = rows - (before.rows if before else 0)
     seconds = time.monotonic() - started if started else 0.0
     rate = {"rows_per_s": float(f"{added / seconds:.4g}")} if seconds > 0 and added else {}
     manifest = Manifest(
@@ -208,8 +204,8 @@ def finish(spec: Spec, *, failed: int = 0, facts: dict[str, Any] | None = None, 
         config=spec.config,
         parents=spec.parents,
         parts=parts,
-        rows=len(rows),
-        rows_digest=rows_digest(rows),
+        rows=rows,
+        rows_digest=digested,
         seed=spec.seed,
         code=code_revision(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -218,11 +214,19 @@ def finish(spec: Spec, *, failed: int = 0, facts: dict[str, Any] | None = None, 
     )
     part.complete(manifest)
     action = "added" if before else "made"
-    return Outcome(spec.stage, part.label, action, "", len(rows), added, failed, seconds, manifest.facts)
+    return Outcome(spec.stage, part.label, action, "", rows, added, failed, seconds, manifest.facts)
 
 
-def describe(path: Path, rows: int, name: str | None = None) -> Part:
-    return Part(name=name or path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
+def describe(path: Path, rows: int, name: str | None = None, version: int = SCHEMA_VERSION) -> Part:
+    """A file as a manifest lists it."""
+    return Part(
+        name=name or path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path), schema_version=version
+    )
+
+
+def describe_part(path: Path) -> Part:
+    """A table's part as a manifest lists it."""
+    return describe(path, pq.read_metadata(path).num_rows, version=part_version(path))
 
 
 def nothing(spec: Spec) -> Outcome:
@@ -250,6 +254,18 @@ def make_table(spec: Spec, rows: pa.Table, *, facts: dict[str, Any] | None = Non
         spec.partition.write(rows, spec.fingerprint)
     else:
         spec.partition.folder.mkdir(parents=True, exist_ok=True)
+    return finish(spec, facts=facts, started=started)
+
+
+def place_parts(spec: Spec, made: list[Path], *, facts: dict[str, Any], started: float) -> Outcome:
+    """As `make_table`, from part files that lie finished elsewhere in the run folder: begin, renames, manifest."""
+    begin(spec)
+    for path in parts_of(spec):
+        path.unlink()
+    spec.partition.folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        os.replace(path, spec.partition.folder / path.name)
+    fsync_folder(spec.partition.folder)
     return finish(spec, facts=facts, started=started)
 
 

@@ -10,10 +10,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from schemas.columns import META_TABLE, META_VERSION, SCHEMA_VERSION
 from schemas.errors import UserError, WorkError
 from schemas.manifest import Manifest
+from schemas.migrations import lacking
 from schemas.tables import ARROW, TABLES
 
 if TYPE_CHECKING:
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 
 META_FINGERPRINT = b"dypo.fingerprint"
 MANIFEST = "manifest.json"
-ROW_GROUP = 1024
+ROW_GROUP = 1024  # of rows with texts or token lists: one prompt is a matter of milliseconds
+ROW_GROUP_OF_KEYS = 64 * ROW_GROUP
+GROUPS_IN_PART = 64  # of a table that is written as a stream
 PARTITION_KEYS = {name: t.partitions for name, t in TABLES.items()} | {"checkpoints": ("round", "step")}
 _SPLIT = ("prompt_tokens", "tokens", "logprobs", "old_logprobs")  # byte-stream split: 0.35 of raw for ids (measured)
 
@@ -77,6 +81,11 @@ class Partition:
         """The listed parts; each must exist at its recorded size (contents are hashed by `verify`)."""
         return self._whole(hashed=False)
 
+    def versions(self) -> dict[Path, int]:
+        """The listed parts, as `files` checks them, with the schema version of each."""
+        manifest = self.manifest()
+        return dict(zip(self.files(), (p.schema_version for p in manifest.parts), strict=True)) if manifest else {}
+
     def verify(self) -> None:
         """Hashes every listed part against the manifest. UserError names the file and the way out."""
         self._whole(hashed=True)
@@ -108,26 +117,8 @@ class Partition:
         if name is None:
             taken = [int(p.stem[5:]) for p in self.folder.glob("part-*.parquet")]
             name = f"part-{max(taken, default=-1) + 1:05d}.parquet"
-        schema = ARROW[self.table]
-        columns = [rows.column(f.name).cast(f.type) for f in schema]
-        table = pa.Table.from_arrays(columns, schema=schema).replace_schema_metadata(
-            {**(schema.metadata or {}), META_FINGERPRINT: fingerprint.encode()}
-        )
-        split = [f"{f.name}.list.element" for f in schema if f.name in _SPLIT]
-        whole = [f.name for f in schema if f.name not in _SPLIT]
-
-        def write(path: Path) -> None:
-            pq.write_table(
-                table,
-                path,
-                compression="zstd",
-                row_group_size=ROW_GROUP,
-                write_page_checksum=True,
-                use_dictionary=whole if split else True,  # pyright: ignore[reportArgumentType]
-                column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") if split else None,
-            )
-
-        return publish(self.folder / name, write)
+        declared = as_declared(rows, self.table)
+        return publish(self.folder / name, lambda path: write_part(path, self.table, [declared], fingerprint))
 
     def complete(self, manifest: Manifest) -> None:
         """Writes the manifest: from now on the partition is in the views."""
@@ -165,6 +156,63 @@ def publish(path: Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def as_declared(rows: pa.Table, table: str) -> pa.Table:
+    """The rows with the table's columns, in its order and types; what counts a list's elements is counted."""
+    schema = ARROW[table]
+    rows = TABLES[table].counted(rows)
+    return pa.Table.from_arrays([rows.column(f.name).cast(f.type) for f in schema], schema=schema)
+
+
+def write_part(path: Path, table: str, groups: Iterable[pa.Table], fingerprint: str) -> None:
+    """One Parquet file of a table's rows as declared; memory holds one of `groups` at a time."""
+    schema = ARROW[table]
+    split = [f"{f.name}.list.element" for f in schema if f.name in _SPLIT]
+    whole = [f.name for f in schema if f.name not in _SPLIT]
+    with pq.ParquetWriter(
+        path,
+        schema.with_metadata({**(schema.metadata or {}), META_FINGERPRINT: fingerprint.encode()}),
+        compression="zstd",
+        write_page_checksum=True,
+        use_dictionary=whole if split else True,  # pyright: ignore[reportArgumentType]
+        column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") if split else None,  # pyright: ignore[reportArgumentType]
+    ) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=_row_group(table))
+
+
+def write_parts(folder: Path, table: str, batches: Iterable[pa.RecordBatch], fingerprint: str) -> list[Path]:
+    """A stream of rows as part files in a folder of their own, cut at the same rows however the stream is cut."""
+    folder.mkdir(parents=True)
+    groups = (as_declared(group, table) for group in regrouped(batches, _row_group(table)))
+    paths = []
+    for first in groups:
+        path = folder / f"part-{len(paths):05d}.parquet"
+        whole = chain([first], islice(groups, GROUPS_IN_PART - 1))
+        publish(path, partial(write_part, table=table, groups=whole, fingerprint=fingerprint))
+        paths.append(path)
+    return paths
+
+
+def _row_group(table: str) -> int:
+    if table == "shards":  # read whole, or by prompt, by which they are sorted
+        return 4 * ROW_GROUP
+    heavy = any(pa.types.is_list(f.type) or f.name == "text" for f in ARROW[table])
+    return ROW_GROUP if heavy else ROW_GROUP_OF_KEYS
+
+
+def regrouped(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
+    """The stream as tables of exactly so many rows, but for the last."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        while sum(b.num_rows for b in held) >= rows:
+            table = pa.Table.from_batches(held)
+            yield table.slice(0, rows)
+            held = table.slice(rows).to_batches()
+    if held and sum(b.num_rows for b in held):
+        yield pa.Table.from_batches(held)
+
+
 def fsync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -180,6 +228,15 @@ def sha256_file(path: Path) -> str:
 
 def part_fingerprint(path: Path) -> str:
     """The fingerprint a part was written under. UserError when the file is no part of ours."""
+    return _part_metadata(path).get(META_FINGERPRINT, b"").decode()
+
+
+def part_version(path: Path) -> int:
+    """The schema version of a part. UserError when the file is no part of ours."""
+    return int(_part_metadata(path)[META_VERSION])
+
+
+def _part_metadata(path: Path) -> dict[bytes, bytes]:
     try:
         meta = pq.read_schema(path).metadata or {}
     except (pa.ArrowInvalid, OSError) as e:
@@ -191,18 +248,22 @@ def part_fingerprint(path: Path) -> str:
             f"{path}: schema version {meta[META_VERSION].decode()}, but this dypo knows up to {SCHEMA_VERSION}. "
             "Use the dypo that wrote it, or a newer one"
         )
-    return meta.get(META_FINGERPRINT, b"").decode()
+    return meta
 
 
 def read_parts(paths: list[Path], table: str, columns: list[str] | None = None) -> pa.Table:
-    """Parts as one Arrow table of the declared schema; page checksums are verified."""
+    """Parts as one Arrow table of the declared schema, older versions migrated; page checksums are verified."""
     schema = ARROW[table] if columns is None else pa.schema([ARROW[table].field(c) for c in columns])
     tables = []
     for path in paths:
         try:
-            got = pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)  # pyright: ignore[reportArgumentType]
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                version = int((file.schema_arrow.metadata or {}).get(META_VERSION, SCHEMA_VERSION))
+                lacks = lacking(TABLES[table], version)
+                got = file.read(columns=list(dict.fromkeys(lacks.get(c, c) for c in schema.names)))
         except (pa.ArrowInvalid, pa.ArrowIOError, OSError) as e:
             raise UserError(f"{path}: cannot be read ({e}). Delete it; its rows will be made again") from None
+        got = TABLES[table].counted(got) if lacks else got
         missing = [f.name for f in schema if f.name not in got.column_names]
         if missing:
             raise UserError(f"{path}: lacks column {', '.join(missing)} of table {table}; it has {got.column_names}")
@@ -257,17 +318,31 @@ def open_views(*runs: Path) -> "duckdb.DuckDBPyConnection":
     con = duckdb.connect()
     names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else [str(run) for run in runs]
 
-    def view(name: str, schema: pa.Schema, files: Callable[[Path], list[Path]]) -> None:
-        _view(con, name, schema, {told if runs[1:] else None: files(run) for told, run in zip(names, runs, strict=True)})
+    def view(name: str, table: str, files: Callable[[Path], dict[Path, int]]) -> None:
+        _view(con, name, table, {told if runs[1:] else None: files(run) for told, run in zip(names, runs, strict=True)})
 
-    def listed(table: str, run: Path) -> list[Path]:
-        return [f for p in partitions(run, table) for f in p.files()]
+    def listed(table: str, run: Path) -> dict[Path, int]:
+        return {f: version for p in partitions(run, table) for f, version in p.versions().items()}
 
     for table in TABLES:
-        view(table, ARROW[table], partial(listed, table))
+        view(table, table, partial(listed, table))
     old = "superseded/score/**/part-*.parquet"
-    view("score_versions", ARROW["scores"], lambda run: sorted(run.glob(old)) + listed("scores", run))
+    view(
+        "score_versions", "scores", lambda run: dict.fromkeys(sorted(run.glob(old)), SCHEMA_VERSION) | listed("scores", run)
+    )
     return con
+
+
+def view_parts(
+    con: "duckdb.DuckDBPyConnection", name: str, paths: list[Path], schema: pa.Schema, options: str = "union_by_name=true"
+) -> None:
+    """A view over Parquet files of this schema, in the place of one that has this name."""
+    con.execute(f"drop view if exists {name}")
+    if paths:
+        listed = ", ".join(map(_quoted, paths))
+        con.execute(f"create view {name} as from read_parquet([{listed}], hive_partitioning=false, {options})")
+    else:
+        con.register(name, schema.empty_table())
 
 
 def ask(con: "duckdb.DuckDBPyConnection", text: str, **parameters: object) -> pa.Table:
@@ -280,17 +355,28 @@ def ask(con: "duckdb.DuckDBPyConnection", text: str, **parameters: object) -> pa
         raise
 
 
-def _view(con: "duckdb.DuckDBPyConnection", name: str, schema: pa.Schema, files: dict[str | None, list[Path]]) -> None:
-    selects = [
-        f"select {f'{_quoted(run)} as run, ' if run is not None else ''}* "
-        f"from read_parquet([{', '.join(map(_quoted, paths))}], hive_partitioning=false)"
-        for run, paths in files.items()
-        if paths
-    ]
+def stream(
+    con: "duckdb.DuckDBPyConnection", text: str, rows: int = ROW_GROUP_OF_KEYS, /, **parameters: object
+) -> pa.RecordBatchReader:
+    """The result of one query as it comes, in batches of so many rows. The connection can do nothing else before its end."""
+    return con.sql(text, params=parameters or None).to_arrow_reader(rows)
+
+
+def _view(con: "duckdb.DuckDBPyConnection", name: str, table: str, files: dict[str | None, dict[Path, int]]) -> None:
+    """A view over parts, given with their schema versions by run; what older versions lack is computed from what they have."""
+    selects = []
+    for run, versions in files.items():
+        for version in sorted(set(versions.values())):
+            paths = ", ".join(_quoted(path) for path, of in versions.items() if of == version)
+            ours = "" if run is None else f"{_quoted(run)} as run, "
+            counted = "".join(
+                f", cast(len({of}) as integer) as {new}" for new, of in lacking(TABLES[table], version).items()
+            )
+            selects.append(f"select {ours}*{counted} from read_parquet([{paths}], hive_partitioning=false)")
     if selects:
         con.execute(f"create view {name} as {' union all by name '.join(selects)}")
     else:
-        schema = schema if None in files else schema.insert(0, pa.field("run", pa.string()))
+        schema = ARROW[table] if None in files else ARROW[table].insert(0, pa.field("run", pa.string()))
         con.register(name, schema.empty_table())  # not a DuckDB table, which a select could insert into
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.context import Context, load
+from pipeline.grading import scratch
 from pipeline.stages.grade import grade_now
-from pipeline.store import ask, sql
+from pipeline.store import ask, sql, view_parts
 from schemas.errors import UserError
 from schemas.recipe import Recipe
+from schemas.tables import ARROW
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,19 @@ def what_if(target: Path, overrides: list[str], round: int | None, settings: lis
     now = load(target, overrides)
     then = _then(target, overrides, settings, now)
     round = now.newest_round() if round is None else round
-    return WhatIf(round, settings, **compared(grade_now(now, round), grade_now(then, round)))
+    return WhatIf(round, settings, **compared(round, (now, []), (then, [])))
 
 
-def compared(now: tuple[pa.Table, pa.Table], then: tuple[pa.Table, pa.Table]) -> dict[str, Any]:
-    """prompts, moves, routes and changed of two gradings (grades and shards) of a round."""
+def compared(round: int, now: tuple[Context, list[Path]], then: tuple[Context, list[Path]]) -> dict[str, Any]:
+    """prompts, moves, routes and changed of a round graded twice: by a context each, with the verdicts of those parts in place of
+    the stored ones."""
     import duckdb
 
-    con = duckdb.connect()
-    for name, (grades, shards) in (("now", now), ("then", then)):
-        con.register(f"grades_{name}", grades)
-        con.register(f"shards_{name}", shards)
-    found = {name: ask(con, sql(f"what_if/{name}")).to_pylist() for name in ("moves", "routes", "changed")}
+    with scratch(None) as folder:
+        con = duckdb.connect()
+        for name, (ctx, scores) in (("now", now), ("then", then)):
+            grades, lengths = grade_now(ctx, round, folder / name, scores)
+            view_parts(con, f"grades_{name}", grades, ARROW["grades"])
+            view_parts(con, f"shards_{name}", [lengths], pa.schema([]))
+        found = {name: ask(con, sql(f"what_if/{name}")).to_pylist() for name in ("moves", "routes", "changed")}
     return {"prompts": sum(row["prompts"] for row in found["moves"]), **found}

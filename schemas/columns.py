@@ -7,8 +7,9 @@ for DuckDB; anything else raises, so a new shape is added here on purpose.
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # schemas/migrations.py says what older ones lack
 META_TABLE = b"dypo.table"
 META_VERSION = b"dypo.schema_version"
 
@@ -33,12 +34,16 @@ def duckdb_type(kind: pa.DataType) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its Arrow type, one sentence of documentation, and whether it may be null."""
+    """One column: its Arrow type, one sentence of documentation, and whether it may be null.
+
+    counts: the list column whose length it is. The store fills it, so that a query about lengths reads no list.
+    """
 
     name: str
     type: pa.DataType
     doc: str
     nullable: bool = False
+    counts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,16 @@ class Table:
             [pa.field(c.name, c.type, nullable=c.nullable) for c in self.columns],
             metadata={META_TABLE: self.name.encode(), META_VERSION: str(SCHEMA_VERSION).encode()},
         )
+
+    def counted(self, rows: pa.Table) -> pa.Table:
+        """The rows with every column that counts a list's elements filled from that list."""
+        for c in self.columns:
+            if c.counts is not None and c.counts in rows.column_names:
+                lengths = pc.call_function("list_value_length", [rows.column(c.counts)]).cast(c.type)
+                at = rows.column_names.index(c.name) if c.name in rows.column_names else rows.num_columns
+                rows = rows.drop_columns([c.name]) if at < rows.num_columns else rows
+                rows = rows.add_column(at, pa.field(c.name, c.type), lengths)
+        return rows
 
     def duckdb_columns(self) -> str:
         """Column list for `create table`, used for tables that have no rows yet."""

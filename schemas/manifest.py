@@ -7,13 +7,17 @@ from schemas.ids import digest
 
 
 class Part(BaseModel):
-    """One file: its name in the partition's folder, rows (0 for files that are no tables), bytes, sha256 (hex)."""
+    """One file: its name in the partition's folder, rows (0 for files that are no tables), bytes, sha256 (hex).
+
+    schema_version: of this file, which may be older than the manifest; manifests of version 1 do not say it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     rows: int
     bytes: int
     sha256: str
+    schema_version: int = 1
 
 
 class Manifest(BaseModel):

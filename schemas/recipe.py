@@ -277,6 +277,7 @@ class Grade(Model):
     easy_max_failures: int = Field(default=0, ge=0, description="at most this many wrong: easy")
     max_tokens: int = Field(default=8192, ge=1, description="prompt + response; longer traces and groups are not trained on")
     unjudged_to_routes: bool = Field(default=False, description="route groups with a timeout, error or gold_bad verdict too")
+    memory_mb: int = Field(default=384, ge=128, description="for DuckDB while grading; what does not fit goes to disk")
     query: Path | None = Field(default=None, description="a .sql file of yours with the columns of grades")
 
 
@@ -379,7 +380,9 @@ class DypoMethod(Model):
     queue_groups: int = Field(default=8, ge=1, description="queue only: Mid groups in one RL update, at least")
     lr: float = Field(default=1e-6, gt=0)
     sft_lr: float | None = Field(default=None, gt=0, description="queue only: the second optimizer's learning rate")
-    query: Path | None = Field(default=None, description="a routing .sql file of yours with the columns of shards")
+    query: Path | None = Field(
+        default=None, description="a routing .sql file of yours with the columns of shards but the lists"
+    )
 
     @model_validator(mode="before")
     @classmethod

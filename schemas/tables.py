@@ -84,6 +84,8 @@ _rollout = (
     C("prompt_tokens", IDS, "token ids of the rendered prompt"),
     C("tokens", IDS, "token ids of the response, end-of-sequence included when it stopped"),
     C("logprobs", LOGPS, "per token: log softmax(logits / temperature) over the whole vocabulary"),
+    C("prompt_length", I32, "number of `prompt_tokens`", counts="prompt_tokens"),
+    C("length", I32, "number of `tokens`", counts="tokens"),
     C("finish_reason", S, "stop | length"),
     C("engine", S, "hf | vllm | ..."),
     C("temperature", F64, "sampling temperature; 0 is greedy (eval only)"),

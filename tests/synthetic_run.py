@@ -125,7 +125,7 @@ def manifests(tables: Mapping[str, pa.Table]) -> list[Manifest]:
 
 # ---------------------------------------------------------------- how the rows are made
 def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
-    table = pa.Table.from_pylist(rows, schema=ARROW[name])
+    table = TABLES[name].counted(pa.Table.from_pylist(rows, schema=ARROW[name]))
     for field, column in zip(table.schema, table.columns, strict=True):
         assert field.nullable or column.null_count == 0, f"{name}.{field.name} may not be null"
     return table

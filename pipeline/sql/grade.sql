@@ -1,28 +1,16 @@
 -- grade.sql
 -- grain: one row per prompt with rollouts in $round.
--- reads: rollouts, scores, round_prompts (the round's train prompts), fitting_traces (verified traces, tokenised with the policy's tokenizer; column n_tokens).
+-- reads: verdicts (verdicts.sql), fitting_traces (verified traces, tokenised with the policy's tokenizer; column n_tokens).
 -- parameters: $round, $k, $hard_max_successes, $easy_max_failures, $max_tokens, $unjudged_to_routes.
 -- Integer success counts decide, never a reward or a float: a shaped reward must not move a prompt between grades.
 -- A verdict that could not be had counts as not correct, but its group is routed nowhere unless the recipe says otherwise.
-with verdicts as (
-    select
-        r.prompt_id,
-        r.policy,
-        s.correct,
-        s.status in ('timeout', 'error', 'gold_bad') as unjudged,
-        len(r.prompt_tokens) + len(r.tokens) as n_tokens
-    from rollouts as r
-    inner join round_prompts as p on p.prompt_id = r.prompt_id
-    inner join scores as s on s.kind = 'rollout' and s.id = r.rollout_id
-    where r.round = $round and r.sample < $k
-),
-groups as (
+with groups as (
     select
         prompt_id,
         min(policy) as policy,
         cast(count(*) as integer) as k,
         cast(count(*) filter (where correct) as integer) as successes,
-        cast(count(*) filter (where unjudged) as integer) as unjudged,
+        cast(count(*) filter (where status in ('timeout', 'error', 'gold_bad')) as integer) as unjudged,
         max(n_tokens) as longest
     from verdicts
     group by prompt_id

@@ -1,46 +1,36 @@
 -- route_dypo.sql
 -- grain: one row per sequence to train on: each rollout of a prompt whose reason is rl, each fitting trace of one whose reason is sft.
--- reads: grades, rollouts, scores, fitting_traces.
--- parameters: $round, $k, $max_tokens, $advantage_scale ('std' or 'none'), $eps.
+-- reads: grades, verdicts (verdicts.sql), fitting_traces. parameters: $round, $max_tokens, $advantage_scale ('std' or 'none'), $eps.
+-- Keys, no token lists: sequences.sql joins those by item_id afterwards.
 -- The advantage is trainer.losses.grpo_advantages in SQL (std over k - 1, equal rewards give 0); a test holds the two together.
+-- Its sums run over the sorted rewards, so that their last digits do not hang on the number of threads.
 -- Weights are gates (0 or 1): alpha, gamma and denominators are the trainer's, so changing those does not re-route.
-with mid as (
-    select
-        g.round,
-        g.source_round,
-        r.prompt_id,
-        r.rollout_id as item_id,
-        r.sample,
-        g.policy,
-        r.temperature,
-        r.prompt_tokens,
-        r.tokens,
-        r.logprobs as old_logprobs,
-        r.finish_reason,
-        -- a truncated or unreadable answer has no reward of its own: the group's lowest, never more than a wrong one
-        case when s.status in ('ok', 'wrong') then s.reward else least(0.0, min(s.reward) over grp) end as reward,
-        s.correct
-    from grades as g
-    inner join rollouts as r on r.round = g.source_round and r.prompt_id = g.prompt_id and r.sample < $k
-    inner join scores as s on s.kind = 'rollout' and s.id = r.rollout_id
-    where g.round = $round and g.reason = 'rl'
-    window grp as (
-        partition by r.prompt_id order by r.sample
-        rows between unbounded preceding and unbounded following
-    )
+with gated as (
+    select g.round, g.source_round, g.policy, v.*
+    from verdicts as v
+    inner join (select prompt_id, round, source_round, policy from grades where round = $round and reason = 'rl') as g
+        on g.prompt_id = v.prompt_id
 ),
-mid_with_advantage as (
+-- a truncated or unreadable answer has no reward of its own: the group's lowest, never more than a wrong one
+lowest as (
+    select prompt_id, least(0.0, min(reward)) as reward
+    from gated
+    group by prompt_id
+    having not bool_and(status in ('ok', 'wrong'))
+),
+mid as (
+    select g.* replace (case when g.status in ('ok', 'wrong') then g.reward else l.reward end as reward)
+    from gated as g
+    left join lowest as l on l.prompt_id = g.prompt_id
+),
+groups as (
     select
-        *,
-        reward - avg(reward) over grp as centred,
-        stddev_samp(reward) over grp as std,
-        max(reward) over grp = min(reward) over grp as flat,
-        cast(count(*) over grp as integer) as group_size
-    from mid
-    window grp as (
-        partition by prompt_id order by sample
-        rows between unbounded preceding and unbounded following
-    )
+        prompt_id,
+        list_avg(rewards) as mean,
+        list_stddev_samp(rewards) as std,
+        rewards[1] = rewards[-1] as flat,
+        cast(len(rewards) as integer) as size
+    from (select prompt_id, list_sort(list(reward)) as rewards from mid group by prompt_id)
 ),
 hard as (
     select g.round, g.source_round, g.policy, t.*
@@ -49,15 +39,20 @@ hard as (
     where g.round = $round and g.reason = 'sft' and t.n_tokens <= $max_tokens
 )
 select
-    round, source_round, 'rl' as route, prompt_id, item_id, sample, cast(null as varchar) as teacher, policy, temperature,
-    prompt_tokens, tokens, old_logprobs, finish_reason, reward, correct,
-    case when flat then 0e0 when $advantage_scale = 'std' then centred / (std + $eps) else centred end as advantage,
-    group_size, 0e0 as w_sft, 1e0 as w_grpo, 1e0 as w_gal
-from mid_with_advantage
+    m.round, m.source_round, 'rl' as route, m.prompt_id, m.rollout_id as item_id, m.sample, cast(null as varchar) as teacher,
+    m.policy, m.temperature, m.finish_reason, m.reward, m.correct,
+    case
+        when g.flat then 0e0
+        when $advantage_scale = 'std' then (m.reward - g.mean) / (g.std + $eps)
+        else m.reward - g.mean
+    end as advantage,
+    g.size as group_size, 0e0 as w_sft, 1e0 as w_grpo, 1e0 as w_gal
+from mid as m
+inner join groups as g on g.prompt_id = m.prompt_id
 union all
 select
-    round, source_round, 'sft' as route, prompt_id, trace_id as item_id, sample, teacher, policy, 1e0 as temperature,
-    prompt_tokens, tokens, null as old_logprobs, finish_reason, reward, true as correct,
+    round, source_round, 'sft' as route, prompt_id, trace_id as item_id, sample, teacher,
+    policy, 1e0 as temperature, finish_reason, reward, true as correct,
     0e0 as advantage, 1 as group_size, 1e0 as w_sft, 0e0 as w_grpo, 0e0 as w_gal
 from hard
 order by route, prompt_id, sample, item_id

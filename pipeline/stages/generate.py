@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.context import Context
 from pipeline.engines.base import Ask, Engine, Failure, Sample, Sampling
@@ -121,11 +122,24 @@ def _teacher(ctx: Context, teacher: Teacher, rows: list[dict[str, Any]], regener
 def round_prompts(ctx: Context, round: int) -> list[dict[str, Any]]:
     """The round's prompts: all train prompts, or `prompts_per_round` of them drawn from (seed, round)."""
     rows = prompt_rows(ctx, "train")
+    drawn = set(_drawn(ctx, round, [r["prompt_id"] for r in rows]))
+    return [r for r in rows if r["prompt_id"] in drawn]
+
+
+def round_prompt_ids(ctx: Context, round: int) -> pa.Array:
+    """The ids of `round_prompts`, sorted, without reading anything else."""
+    need(ctx.run, "prompts", {}, command=f"dypo ingest {ctx.run}")
+    rows = read_parts(ctx.part("prompts").files(), "prompts", ["prompt_id", "split"])
+    ids = rows.filter(pc.field("split") == "train").column("prompt_id").combine_chunks().sort()
     n = ctx.recipe.rollouts.prompts_per_round
-    if n is None or n >= len(rows):
-        return rows
-    drawn = sorted(rows, key=lambda r: seed_from(ctx.recipe.seed, "round", round, r["prompt_id"]))[:n]
-    return sorted(drawn, key=lambda r: r["prompt_id"])
+    return ids if n is None or n >= len(ids) else pa.array(sorted(_drawn(ctx, round, ids.to_pylist())), pa.string())
+
+
+def _drawn(ctx: Context, round: int, ids: list[str]) -> list[str]:
+    n = ctx.recipe.rollouts.prompts_per_round
+    if n is None or n >= len(ids):
+        return ids
+    return sorted(ids, key=lambda id_: seed_from(ctx.recipe.seed, "round", round, id_))[:n]
 
 
 def sampling_config(ctx: Context, policy: str, sampling: Sampling) -> dict[str, Any]:

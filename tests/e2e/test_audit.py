@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipeline.store import sql
+from pipeline.stage import describe_part
+from pipeline.store import partition, read_parts
 from tests.tiny_runs import dypo, table
 
 
@@ -16,18 +17,22 @@ def lines(*args: object) -> list[dict]:
     return [json.loads(line) for line in dypo(*args, "--json").stdout.splitlines()]
 
 
-def harm(run: Path, folder: Path, off_by: float) -> None:
-    """Routes round 1 again with a query that gets the sampler's log-probs wrong, by `off_by` nats up and down in turn."""
-    text = sql("route_dypo")
-    good = "r.logprobs as old_logprobs"
-    assert good in text
-    wrong = (
-        f"cast(list_transform(r.logprobs, lambda x, i: x + if(i % 2 = 0, {off_by}, -{off_by})) as float[]) as old_logprobs"
-    )
-    (folder / "wrong.sql").write_text(text.replace(good, wrong))
-    dypo("grade", run, "--round", 1, "--set", f"train.method.query={folder / 'wrong.sql'}")
-    for name in ("checkpoints", "draws", "metrics", "logprobs"):
+def harm(run: Path, off_by: float) -> None:
+    """Round 1's stored log-probs of the sampler get wrong, by `off_by` nats up and down in turn, and it is graded from them."""
+    part = partition(run, "rollouts", {"round": 1})
+    manifest = part.manifest()
+    assert manifest is not None
+    turn = pl.when(pl.element().cum_count() % 2 == 0).then(off_by).otherwise(-off_by)
+    wrong = pl.col("logprobs").list.eval((pl.element() + turn).cast(pl.Float32))
+    for path in part.files():
+        frame = pl.from_arrow(read_parts([path], "rollouts"))
+        assert isinstance(frame, pl.DataFrame)
+        part.write(frame.with_columns(wrong).to_arrow(), manifest.fingerprint, path.name)
+    parts = [describe_part(part.folder / p.name) for p in manifest.parts]
+    part.complete(manifest.model_copy(update={"parts": parts}))
+    for name in ("grades", "shards", "checkpoints", "draws", "metrics", "logprobs"):
         shutil.rmtree(run / name / "round=1")
+    dypo("grade", run, "--round", 1)
 
 
 def test_sampler_and_trainer_agree_and_the_audit_is_read_the_second_time(a_copy: Path) -> None:
@@ -59,7 +64,7 @@ def test_sampler_and_trainer_agree_and_the_audit_is_read_the_second_time(a_copy:
 def test_harmed_log_probs_stop_the_first_update_then_the_audit_then_training_unless_told_otherwise(
     a_copy: Path, tmp_path: Path
 ) -> None:
-    harm(a_copy, tmp_path, 0.3)
+    harm(a_copy, 0.3)
     got = dypo("train", a_copy, "--round", 1, check=False)
     assert got.returncode == 1
     assert (
@@ -97,7 +102,7 @@ def test_a_method_that_reads_the_trainers_log_probs_writes_them_and_looks_at_the
     draws = table(a_copy, "draws").filter(pl.col("round") == 1, pl.col("route") == "rl")
     assert draws.filter(pl.col("step") == 0)["log_ratio"].abs().max() < 1e-5
     assert draws.filter(pl.col("step") > 0)["log_ratio"].abs().max() > 1e-3
-    harm(a_copy, tmp_path, 0.3)
+    harm(a_copy, 0.3)
     got = dypo("train", a_copy, "--round", 1, check=False)
     assert got.returncode == 2
     assert "the sampler stored differ from the trainer's by 0.3" in got.stderr

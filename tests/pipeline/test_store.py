@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.stage import Spec, begin, current, finish, finished, make_table, put_back, superseded
 from pipeline.store import MANIFEST, connect, lock, part_fingerprint, partition, partitions, read_parts
+from schemas.columns import SCHEMA_VERSION
 from schemas.errors import UserError, WorkError
 from schemas.tables import ARROW
 from tests.tiny_runs import ROOT
@@ -141,8 +142,8 @@ def test_an_unknown_schema_version_is_refused(tmp_path: Path) -> None:
     it = spec(tmp_path)
     make_table(it, metric_rows([0]))
     path = it.partition.folder / MANIFEST
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
-    with pytest.raises(UserError, match="schema version 99, but this dypo knows up to 1"):
+    path.write_text(path.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99'))
+    with pytest.raises(UserError, match=f"schema version 99, but this dypo knows up to {SCHEMA_VERSION}"):
         it.partition.manifest()
     schema = ARROW["metrics"].with_metadata({**ARROW["metrics"].metadata, b"dypo.schema_version": b"99"})
     pq.write_table(metric_rows([0]).replace_schema_metadata(schema.metadata), it.partition.folder / "part-00001.parquet")

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.stages.grade import FITTING
+from pipeline.grading import ROUTED
 from pipeline.store import ask, sql
-from schemas.tables import ARROW
+from pipeline.traces import FITTING
+from schemas.tables import ARROW, TABLES
 from trainer.losses import grpo_advantages
 
 GRADE = {"round": 0, "k": 4, "hard_max_successes": 0, "easy_max_failures": 0, "max_tokens": 10, "unjudged_to_routes": False}
@@ -47,21 +48,24 @@ def trace(prompt: str, teacher: str = "t", n: int = 5, sample: int = 0) -> dict:
     }  # fmt: skip
 
 
-def database(tables: dict[str, list[dict]], traces: list[dict]) -> duckdb.DuckDBPyConnection:
+def database(tables: dict[str, list[dict]], traces: list[dict], k: object = 4) -> duckdb.DuckDBPyConnection:
     con = duckdb.connect()
     for name in ("rollouts", "scores", "grades", "prompts"):
-        con.register(f"{name}_in", pa.Table.from_pylist(tables.get(name, []), schema=ARROW[name]))
+        rows = TABLES[name].counted(pa.Table.from_pylist(tables.get(name, []), schema=ARROW[name]))
+        con.register(f"{name}_in", rows)
         con.execute(f"create table {name} as select * from {name}_in")
     asked = tables.get("prompts") or tables.get("rollouts", [])
     con.register("asked", pa.table({"prompt_id": pa.array(sorted({r["prompt_id"] for r in asked}), pa.string())}))
     con.execute("create table round_prompts as select * from asked")
     con.register("fitting_in", pa.Table.from_pylist(traces, schema=FITTING))
     con.execute("create table fitting_traces as select * from fitting_in")
+    con.execute(f"create table verdicts as {sql('verdicts')}", {"round": 0, "k": k})
     return con
 
 
 def grade(tables: dict[str, list[dict]], traces: list[dict] | None = None, **changes: object) -> dict[str, dict]:
-    rows = ask(database(tables, traces or []), sql("grade"), **{**GRADE, **changes}).to_pylist()
+    asked = {**GRADE, **changes}
+    rows = ask(database(tables, traces or [], asked["k"]), sql("grade"), **asked).to_pylist()
     return {r["prompt_id"]: r for r in rows}
 
 
@@ -70,7 +74,7 @@ def route(
 ) -> list[dict]:
     graded = list(grade(tables, traces, **changes).values())
     con = database({**tables, "grades": graded}, traces or [])
-    return ask(con, sql("route_dypo"), round=0, k=GRADE["k"], max_tokens=10, advantage_scale=scale, eps=1e-6).to_pylist()
+    return ask(con, sql("route_dypo"), round=0, max_tokens=10, advantage_scale=scale, eps=1e-6).to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -142,13 +146,20 @@ def test_shards_hold_whole_groups_and_every_fitting_trace() -> None:
     ]  # fmt: skip
     rl, sft = rows[0], rows[-1]
     assert (rl["temperature"], rl["group_size"], rl["w_sft"], rl["w_grpo"], rl["w_gal"]) == (0.7, 4, 0.0, 1.0, 1.0)
-    assert (sft["temperature"], sft["old_logprobs"], sft["w_sft"], sft["w_grpo"], sft["teacher"]) == (
-        1.0,
-        None,
-        1.0,
-        0.0,
-        "u",
-    )
+    assert (sft["temperature"], sft["w_sft"], sft["w_grpo"], sft["teacher"]) == (1.0, 1.0, 0.0, "u")
+
+
+def test_the_token_lists_are_joined_to_the_routed_keys_in_their_order() -> None:
+    tables = verdicts({"b": ["ok", "wrong", "ok", "wrong"], "a": ["wrong"] * 4, "c": ["ok"] * 4})
+    traces = [trace("a"), trace("a", "u"), trace("b")]
+    con = database(tables, traces)
+    routed = route(tables, traces)
+    con.register("routed_in", pa.Table.from_pylist([{**row, "file_row_number": i} for i, row in enumerate(routed)]))
+    con.execute("create table routed as select * from routed_in")
+    rl, sft = (ask(con, sql("sequences"), route=r).to_pylist() for r in ("rl", "sft"))
+    assert [routed[r["place"]]["item_id"] for r in [*rl, *sft]] == ["b0", "b1", "b2", "b3", "a-t0", "a-u0"]
+    assert {(*r["prompt_tokens"], *r["tokens"], *r["old_logprobs"]) for r in rl} == {(1, 2, 5, 5, 5, -0.5, -0.5, -0.5)}
+    assert [(r["tokens"], r["old_logprobs"]) for r in sft] == [([7] * 3, None)] * 2
 
 
 @pytest.mark.parametrize(
@@ -183,9 +194,6 @@ def test_a_truncated_answer_never_earns_more_than_a_wrong_one() -> None:
     [
         ({"route": "x"}, "route is neither rl nor sft"),
         ({"group_size": 3}, "the group is not whole"),
-        ({"old_logprobs": None}, "an rl row without old_logprobs"),
-        ({"old_logprobs": [0.0]}, "old_logprobs and tokens differ in length"),
-        ({"tokens": [], "old_logprobs": []}, "no response token"),
         ({"w_grpo": float("nan")}, "a weight is not finite"),
         ({"w_gal": -1.0}, "a weight is negative"),
         ({"prompt_id": "stranger"}, "not a train prompt of this round"),
@@ -202,7 +210,7 @@ def test_the_check_on_shards_returns_the_offenders(change: dict, why: str) -> No
     con = database({"prompts": prompts}, [])
     rows = route(tables)
     for routed, expected in ((rows, 0), ([{**rows[0], **change}, *rows[1:]], 1)):
-        con.register("routed_in", pa.Table.from_pylist(routed, schema=ARROW["shards"]))
+        con.register("routed_in", pa.Table.from_pylist(routed, schema=ROUTED))
         con.execute("create or replace table new_shards as select * from routed_in")
         found = [r["why"] for r in ask(con, sql("checks/shards")).to_pylist()]
         assert len(found) >= expected

@@ -1,9 +1,9 @@
 -- what_if/moves.sql
 -- grain: one row per (grade and reason now, grade and reason then) that some prompt has.
--- reads: grades_now, grades_then, shards_now, shards_then (two gradings of one round, neither of them stored by this query).
+-- reads: grades_now, grades_then, shards_now, shards_then (lengths.sql of two gradings of one round, neither of them stored by this query).
 -- parameters: none.
-with trained_now as (select prompt_id, sum(len(tokens)) as tokens from shards_now group by prompt_id),
-trained_then as (select prompt_id, sum(len(tokens)) as tokens from shards_then group by prompt_id)
+with trained_now as (select prompt_id, sum(length) as tokens from shards_now group by prompt_id),
+trained_then as (select prompt_id, sum(length) as tokens from shards_then group by prompt_id)
 select
     n.grade as grade_now,
     n.reason as reason_now,

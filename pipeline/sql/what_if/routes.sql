@@ -2,10 +2,10 @@
 -- grain: one row per route that a grading fills: prompts, sequences and response tokens, now and then, and prompts in both.
 -- reads: shards_now, shards_then. parameters: none.
 with now as (
-    select route, prompt_id, count(*) as sequences, sum(len(tokens)) as tokens from shards_now group by route, prompt_id
+    select route, prompt_id, count(*) as sequences, sum(length) as tokens from shards_now group by route, prompt_id
 ),
 then_ as (
-    select route, prompt_id, count(*) as sequences, sum(len(tokens)) as tokens from shards_then group by route, prompt_id
+    select route, prompt_id, count(*) as sequences, sum(length) as tokens from shards_then group by route, prompt_id
 )
 select
     coalesce(n.route, t.route) as route,

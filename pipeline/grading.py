@@ -1,0 +1,238 @@
+"""One round's grades and shards, computed in DuckDB from stored rows into files of a scratch folder.
+
+One idea: everything is decided on keys and lengths (verdicts.sql, then the grading and the routing query); token lists are
+joined to the routed keys at the end (sequences.sql) and go to Parquet as a stream. Nothing that grows with the run is held:
+DuckDB sorts and joins under `grade.memory_mb` and on disk, results come in batches. The stage (stages/grade.py) puts the files
+into their partitions once every check has passed; a what-if only reads them. Left out: fingerprints and partitions.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.context import Context
+from pipeline.stages.generate import round_prompt_ids
+from pipeline.store import ROW_GROUP, ROW_GROUP_OF_KEYS, ask, open_views, regrouped, sql, stream, view_parts, write_parts
+from pipeline.traces import FITTING, write_fitting_traces
+from schemas.errors import UserError
+from schemas.tables import ARROW
+
+LISTS = ("prompt_tokens", "tokens", "old_logprobs")
+ROUTED = pa.schema([f for f in ARROW["shards"] if f.name not in LISTS])
+MB_PER_THREAD = 192  # DuckDB runs out of memory where many threads share little of it
+
+
+@contextmanager
+def scratch(folder: Path | None) -> Iterator[Path]:
+    """A folder of its own that is gone afterwards: in `folder`, or where the system has its temporary files."""
+    with tempfile.TemporaryDirectory(prefix=".grading.", suffix=".tmp", dir=folder) as made:
+        yield Path(made)
+
+
+def query_text(own: Path | None, built_in: str) -> str:
+    """The recipe's own query, or ours. UserError if the file is not there."""
+    if own is None:
+        return sql(built_in)
+    if not own.exists():
+        raise UserError(f"{own}: no such query file (named by the recipe)")
+    return own.read_text()
+
+
+class Grading:
+    """The round's verdicts and fitting traces, and from them its grades, then its routed sequences, in this order.
+
+    scores: parts with verdicts that count in place of the stored ones on the same rows.
+    """
+
+    def __init__(self, ctx: Context, round: int, folder: Path, scores: Sequence[Path] = ()) -> None:
+        self.ctx, self.round, self.folder = ctx, round, folder
+        g = ctx.recipe.grade
+        self._con = open_views(ctx.run)
+        if scores:
+            view_parts(self._con, "other_scores", list(scores), ARROW["scores"])
+            self._con.execute(f"create temp view scores as {sql('what_if/scores')}")
+        self._con.execute(f"set memory_limit = '{g.memory_mb}MB'")
+        self._con.execute(f"set temp_directory = '{folder / 'spill'}'")
+        self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice
+        (cores,) = self._con.execute("select current_setting('threads')").fetchall()[0]
+        self._con.execute(f"set threads = {max(1, min(cores, g.memory_mb // MB_PER_THREAD))}")
+        self._con.register("round_prompts", pa.table({"prompt_id": round_prompt_ids(ctx, round)}))
+        pa.default_memory_pool().release_unused()  # or what reading the ids took stays beside DuckDB's share
+        self._refuse_unscored()
+        traces = folder / "fitting_traces.parquet"
+        write_fitting_traces(ctx, self._con, round, traces)
+        view_parts(self._con, "fitting_traces", [traces], FITTING)
+
+    def _refuse_unscored(self) -> None:
+        """Makes `verdicts`, one row a rollout; UserError if a rollout has none, or a trace."""
+        path, keys = self.folder / "verdicts.parquet", {"round": self.round, "k": self.ctx.recipe.rollouts.k}
+        self._ordered_by_the_query(True)
+        self._con.execute(f"copy ({sql('verdicts')}) to $path (compression lz4)", {**keys, "path": str(path)})
+        view_parts(self._con, "verdicts", [path], pa.schema([]))
+        for kind in ("rollouts", "traces"):
+            if kind == "rollouts" and self._all_judged():
+                continue
+            unscored = ask(self._con, sql(f"checks/unscored_{kind}"), **(keys if kind == "rollouts" else {}))
+            if unscored.num_rows:
+                raise UserError(
+                    f"round {self.round}: {unscored.num_rows} {kind} have no verdict (first: {kind[:-1]} "
+                    f"{unscored.column('id')[0]}). Run `dypo score {self.ctx.run} --round {self.round}` first"
+                )
+
+    def _all_judged(self) -> bool:
+        """Whether `verdicts` has as many rows as there are rollouts to grade: ids are unique, so none is missing then."""
+        got = ask(self._con, sql("checks/judged"), round=self.round, k=self.ctx.recipe.rollouts.k).to_pylist()[0]
+        return got["rollouts"] == got["verdicts"]
+
+    # ------------------------------------------------------------ grades
+    def grades(self, fingerprint: str) -> list[Path]:
+        """The parts of the round's grades, which the rest goes on from."""
+        g = self.ctx.recipe.grade
+        name = str(g.query or "grade.sql")
+        batches = self._select(
+            g.query, "grade", ARROW["grades"], "grades", name,
+            round=self.round, k=self.ctx.recipe.rollouts.k, hard_max_successes=g.hard_max_successes,
+            easy_max_failures=g.easy_max_failures, max_tokens=g.max_tokens, unjudged_to_routes=g.unjudged_to_routes,
+        )  # fmt: skip
+        made = write_parts(self.folder / "grades", "grades", batches, fingerprint)
+        self.use_grades(made)
+        self._refuse_offenders("grades", name, round=self.round)
+        return made
+
+    def use_grades(self, parts: list[Path]) -> None:
+        """Goes on from these parts."""
+        view_parts(self._con, "grades", parts, ARROW["grades"])
+
+    def count(self, column: str) -> dict[str, int]:
+        """How many prompts have each value of a column of the grades."""
+        rows = self._con.execute(f"select {column}, count(*) from grades where round = {self.round} group by 1 order by 1")
+        return dict(rows.fetchall())
+
+    # ------------------------------------------------------------ routes
+    def routed(self) -> Path:
+        """The keys of what is routed, one row a sequence."""
+        method, g = self.ctx.recipe.train.method, self.ctx.recipe.grade
+        name = str(method.query or f"route_{method.type}.sql")
+        batches = self._select(
+            method.query, f"route_{method.type}", ROUTED, "shards", name,
+            round=self.round, k=self.ctx.recipe.rollouts.k, max_tokens=g.max_tokens, advantage_scale=method.grpo.advantage,
+            eps=method.grpo.eps,
+        )  # fmt: skip
+        path = self.folder / "routed.parquet"
+        with pq.ParquetWriter(path, ROUTED, compression="lz4") as writer:
+            for group in regrouped(batches, ROW_GROUP_OF_KEYS):
+                writer.write_table(group)
+        view_parts(self._con, "routed", [path], ROUTED, "file_row_number=true")
+        self._refuse_offenders("shards", name)
+        return path
+
+    def sequences(self, route: str, fingerprint: str) -> tuple[list[Path], dict[str, int]]:
+        """The parts of one route's shard, and how many prompts and response tokens it has."""
+        self._ordered_by_the_query(True)
+        query = "select count(distinct prompt_id) as prompts from routed where route = $route"
+        facts = {**ask(self._con, query, route=route).to_pylist()[0], "response_tokens": 0}
+        rows = _counted(self._with_lists(route), facts)
+        return write_parts(self.folder / route, "shards", rows, fingerprint), facts
+
+    def _with_lists(self, route: str) -> Iterator[pa.RecordBatch]:
+        """The routed keys of a route, each with its lists: two streams in one order, side by side."""
+        keys = regrouped(_placed(self.folder / "routed.parquet", route), ROW_GROUP)
+        lists = regrouped(stream(self._con, sql("sequences"), ROW_GROUP, route=route), ROW_GROUP)
+        for mine, theirs in zip_longest(keys, lists):
+            if theirs is None or not mine["place"].equals(theirs["place"]):
+                there = set(theirs["place"].to_pylist()) if theirs is not None else set()
+                row = next(r for r in mine.to_pylist() if r["place"] not in there)
+                raise UserError(
+                    f"{route} row {row['item_id']} of prompt {row['prompt_id']}: a query routed it, and it is no "
+                    f"{'rollout of round ' + str(row['source_round']) if route == 'rl' else 'verified trace that fits'}"
+                )
+            for name in LISTS:
+                mine = mine.append_column(name, theirs[name])
+            yield from mine.drop_columns(["place"]).combine_chunks().to_batches()
+
+    def lengths(self) -> Path:
+        """The routed keys with the `length` of each response."""
+        path = self.folder / "lengths.parquet"
+        self._con.execute(f"copy ({sql('what_if/lengths')}) to $path", {"path": str(path)})
+        return path
+
+    # ------------------------------------------------------------ both
+    def _select(
+        self, own: Path | None, built_in: str, want: pa.Schema, table: str, name: str, **parameters: Any
+    ) -> Iterator[pa.RecordBatch]:
+        """Streams a query's result with those of the parameters it names; it must have the columns of `want`."""
+        import duckdb
+
+        text = query_text(own, built_in)
+        try:
+            self._ordered_by_the_query(own is None)
+            named = self._con.extract_statements(text)[0].named_parameters
+            used = {k: v for k, v in parameters.items() if k in named}
+            batches = stream(self._con, text, **used)
+            missing = [n for n in want.names if n not in batches.schema.names]
+            if missing:
+                raise UserError(
+                    f"{name}: the result lacks {', '.join(missing)}; the columns of {table} are {', '.join(want.names)}"
+                )
+            for batch in batches:
+                yield from _cast(batch, want, table, name)
+        except duckdb.Error as e:
+            raise UserError(
+                f"{name}: DuckDB refused the query: {e}. It may use the parameters {', '.join(parameters)}"
+            ) from None
+
+    def _ordered_by_the_query(self, yes: bool) -> None:
+        """Ours all say their order, which spares DuckDB to keep one; a user's may lean on the order of what it reads."""
+        self._con.execute(f"set preserve_insertion_order = {not yes}")
+
+    def _refuse_offenders(self, table: str, name: str, **parameters: Any) -> None:
+        """UserError if a query's result breaks a rule of its table: checks/TABLE.sql returns the offending rows."""
+        self._con.execute(f"create or replace view new_{table} as from {'grades' if table == 'grades' else 'routed'}")
+        bad = ask(self._con, sql(f"checks/{table}"), **parameters)
+        if bad.num_rows:
+            first = bad.slice(0, 1).to_pylist()[0]
+            where = ", ".join(f"{k} {v}" for k, v in first.items() if k != "why")
+            raise UserError(
+                f"{name}: the query returned {bad.num_rows} rows that break a rule; the first ({where}): {first['why']}"
+            )
+
+
+def _placed(path: Path, route: str) -> Iterator[pa.RecordBatch]:
+    """The rows of one route in a file of routed keys, with the place of each in the file."""
+    at = 0
+    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(ROW_GROUP_OF_KEYS):
+        places = pa.array(range(at, at + batch.num_rows), pa.int64())
+        at += batch.num_rows
+        yield batch.append_column("place", places).filter(pc.field("route") == route)
+
+
+def _cast(batch: pa.RecordBatch, want: pa.Schema, table: str, name: str) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from pa.Table.from_batches([batch]).select(want.names).cast(want).to_batches()
+    except (pa.ArrowInvalid, ValueError, pa.ArrowNotImplementedError) as e:
+        raise UserError(f"{name}: the result does not fit table {table}: {e}") from None
+
+
+def _counted(batches: Iterable[pa.RecordBatch], facts: dict[str, int]) -> Iterator[pa.RecordBatch]:
+    """The batches as they are, their response tokens added up. UserError for a sequence without tokens or log-probs of them."""
+    for batch in batches:
+        tokens = pc.call_function("list_value_length", [batch["tokens"]])
+        olds = pc.call_function("list_value_length", [batch["old_logprobs"]])
+        for bad, why in (
+            (pc.call_function("equal", [tokens, pa.scalar(0)]), "has no response token"),
+            (pc.call_function("not_equal", [tokens, olds]), "has old_logprobs and tokens of different lengths"),
+        ):
+            if (first := batch.filter(bad.fill_null(False))).num_rows:
+                raise UserError(
+                    f"{first['route'][0]} row {first['item_id'][0]} of prompt {first['prompt_id'][0]} {why}: the stored "
+                    "rollout or trace is broken. `dypo verify` tells whether its file is altered"
+                )
+        facts["response_tokens"] += pc.call_function("sum", [tokens]).as_py() or 0
+        yield batch
