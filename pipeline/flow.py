@@ -9,14 +9,20 @@ from pipeline.policy import check_folder
 from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome
 from pipeline.stages import evaluate, generate, grade, ingest, score, train
+from pipeline.store import Partition
 from schemas.scorers import UserScorer
 
 
 def score_round(ctx: Context, round: int) -> list[Outcome]:
     """Verdicts on the round's rollouts and on the traces that are there (grading wants every teacher's)."""
+    return score.run(ctx, judged_in(ctx, round))
+
+
+def judged_in(ctx: Context, round: int) -> list[tuple[str, Partition]]:
+    """The partitions that a round's verdicts are on, with their kind."""
     traces = [ctx.part("traces", teacher=t.name) for t in ctx.recipe.teachers]
     found = [("trace", part) for part in traces if part.manifest() is not None]
-    return score.run(ctx, [("rollout", ctx.part("rollouts", round=round)), *found])
+    return [("rollout", ctx.part("rollouts", round=round)), *found]
 
 
 def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:

@@ -7,7 +7,7 @@ into their partitions once every check has passed; a what-if only reads them. Le
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -47,12 +47,18 @@ def query_text(own: Path | None, built_in: str) -> str:
 
 
 class Grading:
-    """The round's verdicts and fitting traces, and from them its grades, then its routed sequences, in this order."""
+    """The round's verdicts and fitting traces, and from them its grades, then its routed sequences, in this order.
 
-    def __init__(self, ctx: Context, round: int, folder: Path) -> None:
+    scores: parts with verdicts that count in place of the stored ones on the same rows.
+    """
+
+    def __init__(self, ctx: Context, round: int, folder: Path, scores: Sequence[Path] = ()) -> None:
         self.ctx, self.round, self.folder = ctx, round, folder
         g = ctx.recipe.grade
         self._con = open_views(ctx.run)
+        if scores:
+            view_parts(self._con, "other_scores", list(scores), ARROW["scores"])
+            self._con.execute(f"create temp view scores as {sql('what_if/scores')}")
         self._con.execute(f"set memory_limit = '{g.memory_mb}MB'")
         self._con.execute(f"set temp_directory = '{folder / 'spill'}'")
         self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice

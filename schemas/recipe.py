@@ -7,10 +7,10 @@ Each stage's fingerprint hashes the slice of the recipe that its outputs depend 
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from schemas.address import without_secret
 from schemas.errors import UserError
 from schemas.scorers import ScorerConfig
 
@@ -129,12 +129,7 @@ class OpenAIEngine(Model):
     @field_validator("base_url")
     @classmethod
     def _address_without_secret(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected http(s)://host:port/v1")
-        if parts.username or parts.password or parts.query:  # the recipe is kept in the run folder
-            raise ValueError("give the address alone: a key belongs in the environment variable that api_key_env names")
-        return url
+        return without_secret(url)
 
 
 class ReplayEngine(Model):
@@ -283,9 +278,17 @@ class Score(Model):
 
     verifiers: dict[str, ScorerConfig] = Field(min_length=1)
     workers: int = Field(default=2, ge=1)
-    timeout_s: float = Field(default=10.0, gt=0, description="for one verdict; then its process is killed")
+    timeout_s: float = Field(
+        default=10.0, gt=0, description="for one verdict (of processor time, for math); then its process is killed"
+    )
     memory_mb: int | None = Field(default=2048, ge=64, description="address space of a worker; null: no limit")
     max_failed: float = Field(default=0.1, ge=0, le=1, description="share of verdicts that may be timeout or error")
+    max_truncated: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of a round's rollouts that may be cut at their length limit; past it grade refuses",
+    )
 
 
 class Grade(Model):
@@ -306,6 +309,10 @@ class GAL(Model):
     logp_reduction: Literal["mean", "sum"] = "mean"
     ref: Literal["init", "none", "old"] = "init"
     beta: float = Field(default=1.0, gt=0)
+    pairs: Literal["correct", "reward"] = Field(
+        default="correct",
+        description="reward: of graded rewards (a judge's), every pair with R(s) > R(f) within a Mid group",
+    )
 
 
 class GRPO(Model):

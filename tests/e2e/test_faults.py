@@ -219,6 +219,24 @@ def test_a_verifier_that_fails_too_often_stops_the_stage_and_keeps_the_rows(a_co
     assert "verdicts are timeout or error" in told
     kept = table(a_copy, "scores").filter(pl.col("round") == 0, pl.col("kind") == "rollout")
     assert set(kept["status"]) == {"error", "truncated"}
+    before = table(a_copy, "grades")
+    told = refused("grade", a_copy, "--round", 0)
+    assert "verdicts are timeout or error, more than score.max_failed = 0.1" in told
+    assert "mend the verifier or raise score.timeout_s" in told
+    assert table(a_copy, "grades").equals(before)
+    dypo("grade", a_copy, "--round", 0, "--set", "score.max_failed=1.0")
+    assert set(table(a_copy, "grades").filter(pl.col("round") == 0)["reason"]) == {"unjudged"}
+
+
+def test_rollouts_cut_at_their_length_limit_are_not_graded_past_a_share(a_copy: Path) -> None:
+    mine = table(a_copy, "scores").filter(pl.col("round") == 0, pl.col("kind") == "rollout")
+    cut = mine.filter(pl.col("status") == "truncated").height
+    assert cut > 0
+    told = refused("grade", a_copy, "--round", 0, "--set", f"score.max_truncated={(cut - 0.5) / mine.height}")
+    assert f"{cut} of {mine.height} rollouts were cut at rollouts.max_tokens = 64" in told
+    assert "Raise rollouts.max_tokens and generate again" in told
+    said = dypo("grade", a_copy, "--round", 0, "--set", f"score.max_truncated={cut / mine.height}").stdout
+    assert "nothing" in said  # the share is no part of what grades are made of
 
 
 def test_a_chat_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
