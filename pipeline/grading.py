@@ -26,7 +26,7 @@ from schemas.tables import ARROW
 
 LISTS = ("prompt_tokens", "tokens", "old_logprobs")
 ROUTED = pa.schema([f for f in ARROW["shards"] if f.name not in LISTS])
-MB_PER_THREAD = 192  # DuckDB runs out of memory where many threads share little of it
+MB_PER_THREAD = 256  # DuckDB runs out of memory where many threads share little of it
 
 
 @contextmanager
@@ -57,8 +57,10 @@ class Grading:
         self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice
         (cores,) = self._con.execute("select current_setting('threads')").fetchall()[0]
         self._con.execute(f"set threads = {max(1, min(cores, g.memory_mb // MB_PER_THREAD))}")
-        self._con.register("round_prompts", pa.table({"prompt_id": round_prompt_ids(ctx, round)}))
+        prompts = folder / "round_prompts.parquet"
+        pq.write_table(pa.table({"prompt_id": round_prompt_ids(ctx, round)}), prompts)
         pa.default_memory_pool().release_unused()  # or what reading the ids took stays beside DuckDB's share
+        view_parts(self._con, "round_prompts", [prompts], pa.schema([]))
         self._refuse_unscored()
         traces = folder / "fitting_traces.parquet"
         write_fitting_traces(ctx, self._con, round, traces)
@@ -201,7 +203,7 @@ class Grading:
 def _placed(path: Path, route: str) -> Iterator[pa.RecordBatch]:
     """The rows of one route in a file of routed keys, with the place of each in the file."""
     at = 0
-    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(ROW_GROUP_OF_KEYS):
+    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(4 * ROW_GROUP):
         places = pa.array(range(at, at + batch.num_rows), pa.int64())
         at += batch.num_rows
         yield batch.append_column("place", places).filter(pc.field("route") == route)

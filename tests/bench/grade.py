@@ -33,6 +33,7 @@ K, EPS = 8, 1e-6
 FLOORS = {"stage / sql, time": 1.3, "stage / loop, time": 1 / 6, "stage / pandas, memory": 0.5}
 LINEAR = 1.3
 MEMORY_MB = {10_000_000: 1024, 100_000_000: 2048}
+MEMORY_MB_OF_DUCKDB = 1024  # grade.memory_mb past ROWS; its default up to there
 Answer = dict[str, float]  # what is compared: prompts by reason, successes, and the advantages' absolute sum
 
 
@@ -288,7 +289,7 @@ def race(rows: int, run: Path, names: list[str], repeat: int) -> dict[str, Any]:
     from tests.bench.made_run import make
 
     began = time.perf_counter()
-    make(run, rows)
+    make(run, rows, memory_mb=MEMORY_MB_OF_DUCKDB if rows > ROWS else 384)
     print(f"{rows:,} rows made in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(repeat):

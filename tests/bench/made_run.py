@@ -36,6 +36,9 @@ name = "sums"
 path = "{ROOT}/data/tiny/train.jsonl"
 verifier = "sum"
 
+[grade]
+memory_mb = {{memory_mb}}
+
 [score]
 verifiers.sum = {{{{ type = "exact" }}}}
 
@@ -78,10 +81,10 @@ MANY_TOKENS = (  # 0.5 to 1.5 times {tokens}, ids and log-probs as good as rando
 )
 
 
-def make(run: Path, rows: int, tokens: int | None = None) -> Context:
+def make(run: Path, rows: int, tokens: int | None = None, memory_mb: int = 384) -> Context:
     """Writes the run and returns it."""
     run.mkdir(parents=True)
-    (run / "recipe.toml").write_text(RECIPE.format(run=run))
+    (run / "recipe.toml").write_text(RECIPE.format(run=run, memory_mb=memory_mb))
     ctx = load(run)
     asked = [{"role": "user", "content": ASKED}]
     lists = ONE_TOKEN if tokens is None else tuple(text.format(tokens=tokens) for text in MANY_TOKENS)
