@@ -169,6 +169,10 @@ class Rollouts(Model):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = 1.0
     max_tokens: int = Field(default=2048, ge=1)
+    logprobs: Literal["float32", "float16"] = Field(
+        default="float32",
+        description="float16: stored rounded to it, at a quarter less disk; a ratio is then off by 0.2 % at most where p > e^-8",
+    )
     engine: RolloutEngine = HFEngine()
 
     @field_validator("k")
