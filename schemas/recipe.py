@@ -212,6 +212,10 @@ class Grade(Model):
     max_tokens: int = Field(default=8192, ge=1, description="prompt + response; longer traces and groups are not trained on")
     unjudged_to_routes: bool = Field(default=False, description="route groups with a timeout, error or gold_bad verdict too")
     memory_mb: int = Field(default=384, ge=128, description="for DuckDB while grading; what does not fit goes to disk")
+    curriculum: Literal["uniform", "pass_rate", "transition"] | Path = Field(
+        default="uniform",
+        description="a prompt's weight, which multiplies its gates; or a .sql file of yours with prompt_id and weight",
+    )
     query: Path | None = Field(default=None, description="a .sql file of yours with the columns of grades")
 
 
