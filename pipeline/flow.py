@@ -58,6 +58,7 @@ def refuse_missing_files(ctx: Context) -> None:
         if isinstance(verifier, UserScorer):
             source_hash(verifier)
     grade.query_text(ctx.recipe.grade.query, "grade")
+    grade.curriculum_text(ctx.recipe.grade.curriculum)
     grade.query_text(ctx.recipe.train.method.query, f"route_{ctx.recipe.train.method.type}")
 
 

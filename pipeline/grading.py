@@ -20,14 +20,26 @@ import pyarrow.parquet as pq
 from pipeline import skips
 from pipeline.context import Context
 from pipeline.stages.generate import round_prompt_ids
-from pipeline.store import ROW_GROUP, ROW_GROUP_OF_KEYS, ask, open_views, regrouped, sql, stream, view_parts, write_parts
+from pipeline.store import (
+    ROW_GROUP,
+    ROW_GROUP_OF_KEYS,
+    ask,
+    open_views,
+    partitions,
+    regrouped,
+    sql,
+    stream,
+    view_parts,
+    write_parts,
+)
 from pipeline.traces import FITTING, write_fitting_traces
 from schemas.errors import UserError
 from schemas.tables import ARROW
 
 LISTS = ("prompt_tokens", "tokens", "old_logprobs")
 ROUTED = pa.schema([f for f in ARROW["shards"] if f.name not in LISTS])
-MB_PER_THREAD = 192  # DuckDB runs out of memory where many threads share little of it
+WEIGHTS = pa.schema([("prompt_id", pa.string()), ("weight", pa.float64())])
+MB_PER_THREAD = 256  # DuckDB runs out of memory where many threads share little of it
 
 
 @contextmanager
@@ -44,6 +56,13 @@ def query_text(own: Path | None, built_in: str) -> str:
     if not own.exists():
         raise UserError(f"{own}: no such query file (named by the recipe)")
     return own.read_text()
+
+
+def curriculum_text(curriculum: str | Path) -> str | None:
+    """The query of a recipe's curriculum; None for the uniform one, which needs none."""
+    if curriculum == "uniform":
+        return None
+    return query_text(curriculum if isinstance(curriculum, Path) else None, f"curriculum/{curriculum}")
 
 
 class Grading:
@@ -64,10 +83,16 @@ class Grading:
         self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice
         (cores,) = self._con.execute("select current_setting('threads')").fetchall()[0]
         self._con.execute(f"set threads = {max(1, min(cores, g.memory_mb // MB_PER_THREAD))}")
+        prompts = folder / "round_prompts.parquet"
         self._con.register("drawn", pa.table({"prompt_id": round_prompt_ids(ctx, round)}))
         self._con.register("skipped", skips.rows(ctx, round))
-        self._con.execute(f"create temp table round_prompts as {sql('round_prompts')}", {"round": round})
+        self._con.execute(f"copy ({sql('round_prompts')}) to $path", {"round": round, "path": str(prompts)})
+        self._con.unregister("drawn")
+        self._con.unregister("skipped")
         pa.default_memory_pool().release_unused()  # or what reading the ids took stays beside DuckDB's share
+        view_parts(self._con, "round_prompts", [prompts], pa.schema([]))
+        earlier = [f for p in partitions(ctx.run, "grades") if int(dict(p.keys)["round"]) < round for f in p.files()]
+        view_parts(self._con, "earlier_grades", earlier, ARROW["grades"])
         self._refuse_unscored()
         traces = folder / "fitting_traces.parquet"
         write_fitting_traces(ctx, self._con, round, traces)
@@ -100,7 +125,7 @@ class Grading:
         g = self.ctx.recipe.grade
         name = str(g.query or "grade.sql")
         batches = self._select(
-            g.query, "grade", ARROW["grades"], "grades", name,
+            query_text(g.query, "grade"), ARROW["grades"], "grades", name, own=g.query is not None,
             round=self.round, k=self.ctx.recipe.rollouts.k, hard_max_successes=g.hard_max_successes,
             easy_max_failures=g.easy_max_failures, max_tokens=g.max_tokens, unjudged_to_routes=g.unjudged_to_routes,
         )  # fmt: skip
@@ -119,22 +144,31 @@ class Grading:
         return dict(rows.fetchall())
 
     # ------------------------------------------------------------ routes
-    def routed(self) -> Path:
-        """The keys of what is routed, one row a sequence."""
+    def route(self) -> None:
+        """Makes the keys of what is routed, one row a sequence, with the curriculum's weights."""
         method, g = self.ctx.recipe.train.method, self.ctx.recipe.grade
         name = str(method.query or f"route_{method.type}.sql")
         batches = self._select(
-            method.query, f"route_{method.type}", ROUTED, "shards", name,
+            query_text(method.query, f"route_{method.type}"), ROUTED, "shards", name, own=method.query is not None,
             round=self.round, k=self.ctx.recipe.rollouts.k, max_tokens=g.max_tokens, advantage_scale=method.grpo.advantage,
             eps=method.grpo.eps,
         )  # fmt: skip
-        path = self.folder / "routed.parquet"
-        with pq.ParquetWriter(path, ROUTED, compression="lz4") as writer:
-            for group in regrouped(batches, ROW_GROUP_OF_KEYS):
-                writer.write_table(group)
-        view_parts(self._con, "routed", [path], ROUTED, "file_row_number=true")
+        self._write_routed("routed", batches)
+        if (text := curriculum_text(g.curriculum)) is not None:
+            name = f"{name} with curriculum {g.curriculum}"
+            own = isinstance(g.curriculum, Path)
+            weights = self._select(text, WEIGHTS, "a curriculum", str(g.curriculum), own=own, round=self.round)
+            path = self.folder / "curriculum.parquet"
+            _write(path, WEIGHTS, weights)
+            view_parts(self._con, "curriculum", [path], WEIGHTS)
+            self._write_routed("weighted", self._select(sql("weighted"), ROUTED, "shards", "weighted.sql"))
         self._refuse_offenders("shards", name)
-        return path
+
+    def _write_routed(self, name: str, batches: Iterable[pa.RecordBatch]) -> None:
+        """What is routed from now on."""
+        self._routed = self.folder / f"{name}.parquet"
+        _write(self._routed, ROUTED, batches)
+        view_parts(self._con, "routed", [self._routed], ROUTED, "file_row_number=true")
 
     def sequences(self, route: str, fingerprint: str) -> tuple[list[Path], dict[str, int]]:
         """The parts of one route's shard, and how many prompts and response tokens it has."""
@@ -146,7 +180,7 @@ class Grading:
 
     def _with_lists(self, route: str) -> Iterator[pa.RecordBatch]:
         """The routed keys of a route, each with its lists: two streams in one order, side by side."""
-        keys = regrouped(_placed(self.folder / "routed.parquet", route), ROW_GROUP)
+        keys = regrouped(_placed(self._routed, route), ROW_GROUP)
         lists = regrouped(stream(self._con, sql("sequences"), ROW_GROUP, route=route), ROW_GROUP)
         for mine, theirs in zip_longest(keys, lists):
             if theirs is None or not mine["place"].equals(theirs["place"]):
@@ -168,14 +202,13 @@ class Grading:
 
     # ------------------------------------------------------------ both
     def _select(
-        self, own: Path | None, built_in: str, want: pa.Schema, table: str, name: str, **parameters: Any
+        self, text: str, want: pa.Schema, table: str, name: str, *, own: bool = False, **parameters: Any
     ) -> Iterator[pa.RecordBatch]:
         """Streams a query's result with those of the parameters it names; it must have the columns of `want`."""
         import duckdb
 
-        text = query_text(own, built_in)
         try:
-            self._ordered_by_the_query(own is None)
+            self._ordered_by_the_query(not own)
             named = self._con.extract_statements(text)[0].named_parameters
             used = {k: v for k, v in parameters.items() if k in named}
             batches = stream(self._con, text, **used)
@@ -207,10 +240,16 @@ class Grading:
             )
 
 
+def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    with pq.ParquetWriter(path, schema, compression="lz4") as writer:
+        for group in regrouped(batches, ROW_GROUP_OF_KEYS):
+            writer.write_table(group)
+
+
 def _placed(path: Path, route: str) -> Iterator[pa.RecordBatch]:
     """The rows of one route in a file of routed keys, with the place of each in the file."""
     at = 0
-    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(ROW_GROUP_OF_KEYS):
+    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(4 * ROW_GROUP):
         places = pa.array(range(at, at + batch.num_rows), pa.int64())
         at += batch.num_rows
         yield batch.append_column("place", places).filter(pc.field("route") == route)

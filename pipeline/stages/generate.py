@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -220,12 +221,19 @@ def sample_policy(
         made_by = (s.prompt_id, policy_id, s.sample, seed, vars(sampling), engine_config.type, keys)
         return {
             "rollout_id": row_id(*made_by), "prompt_id": s.prompt_id, "sample": s.sample, "policy": policy_id,
-            "text": s.text, "prompt_tokens": ask.prompt_tokens, "tokens": s.tokens, "logprobs": s.logprobs,
+            "text": s.text, "prompt_tokens": ask.prompt_tokens, "tokens": s.tokens,
+            "logprobs": stored_logprobs(s.logprobs, ctx.recipe.rollouts.logprobs),
             "finish_reason": s.finish_reason, "engine": engine_config.type, "temperature": sampling.temperature,
             "top_p": sampling.top_p, "seed": seed, **keys,
         }  # fmt: skip
 
     return _generate(it, work, engine, row, max_failed, regenerate, refused)
+
+
+def stored_logprobs(logprobs: Any, kind: str) -> Any:
+    """Log-probs as they are stored: as they are, or rounded to float16. The column is float32 either way: the bits that
+    rounding clears cost next to nothing on disk, and no reader has to know."""
+    return logprobs if kind == "float32" or logprobs is None else np.asarray(logprobs, np.float16).astype(np.float32)
 
 
 # ---------------------------------------------------------------- both

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import skips
 from pipeline.context import Context
-from pipeline.grading import Grading, query_text, scratch
+from pipeline.grading import Grading, curriculum_text, query_text, scratch
 from pipeline.rows_digest import digest_column
 from pipeline.stage import Outcome, Spec, current, need, nothing, place_parts, restore
 from pipeline.stages.generate import round_prompt_ids
@@ -32,7 +32,7 @@ def grade_spec(ctx: Context, round: int) -> Spec:
     """Depends on the thresholds, the query's text, and every row that it reads."""
     g = ctx.recipe.grade
     config = {
-        **g.model_dump(mode="json", exclude={"query", "memory_mb"}),
+        **g.model_dump(mode="json", exclude={"query", "memory_mb", "curriculum"}),
         "k": ctx.recipe.rollouts.k,
         "query": digest(query_text(g.query, "grade")),
         "tokenizer_of": ctx.base_policy,
@@ -64,15 +64,21 @@ def _inputs(ctx: Context, round: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
-    """Depends on the grades and the method's gates; never on alpha, gamma or another of the trainer's numbers."""
+    """Depends on the grades, the curriculum and the method's gates; never on alpha, gamma or another of the trainer's numbers."""
     method = ctx.recipe.train.method
+    parents = {f"grades/round={round}": grades}
     config = {
         "method": method.type,
         "advantage": method.grpo.advantage,
         "eps": method.grpo.eps,
         "query": digest(query_text(method.query, f"route_{method.type}")),
     }
-    return Spec("route", ctx.part("shards", round=round, route=route), config, {f"grades/round={round}": grades}, 0)
+    if (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
+        config["curriculum"] = digest(weights)
+        if "earlier_grades" in weights:
+            earlier = {n: ctx.part("grades", round=n).manifest() for n in range(round)}
+            parents |= {f"grades/round={n}": m.identity for n, m in earlier.items() if m is not None}
+    return Spec("route", ctx.part("shards", round=round, route=route), config, parents, 0)
 
 
 def run(ctx: Context, round: int) -> list[Outcome]:
@@ -102,7 +108,7 @@ def grade_now(ctx: Context, round: int, folder: Path, scores: Sequence[Path] = (
     folder.mkdir()
     grading = Grading(ctx, round, folder, scores)
     grades = grading.grades("")
-    grading.routed()
+    grading.route()
     return grades, grading.lengths()
 
 
@@ -118,7 +124,7 @@ def _refuse_unreliable_verdicts(ctx: Context, round: int) -> None:
     for part in (ctx.part(table, **keys) for table, keys in _inputs(ctx, round) if table == "scores"):
         manifest = part.manifest()
         assert manifest is not None
-        statuses, rows = manifest.facts["statuses"], manifest.rows
+        statuses, rows = manifest.facts.get("statuses", {}), manifest.rows
         failed, cut = statuses.get("timeout", 0) + statuses.get("error", 0), statuses.get("truncated", 0)
         if failed > limits.max_failed * rows:
             raise UserError(
@@ -154,6 +160,6 @@ def _grade(it: Spec, grading: Grading) -> Outcome:
 
 def _route(specs: list[Spec], grading: Grading) -> list[Outcome]:
     started = time.monotonic()
-    grading.routed()
+    grading.route()
     made = [(it, *grading.sequences(str(dict(it.partition.keys)["route"]), it.fingerprint)) for it in specs]
     return [place_parts(it, parts, facts=facts, started=started) for it, parts, facts in made]

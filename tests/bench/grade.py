@@ -10,7 +10,8 @@ runs in a process of its own and reads the same Parquet; memory is the most that
     pandas    the same
     loop      the stage's whole job, token lists too, in dicts and lists on the first 500,000 rows; its time scaled up to all
 More rows than 10,000,000 are graded by the stage alone, at both sizes. What each made of the rows must agree.
-It ends with exit code 1, saying which, where a floor is missed (FLOORS, and MEMORY_MB for the stage).
+Then the join that writes token lists into shards: the stage on 50,000 and on 200,000 rollouts of 256 tokens on average, where its
+memory must not follow the rows. It ends with exit code 1, saying which, where a floor is missed (FLOORS, MEMORY_MB, STREAMS).
 """
 
 import argparse
@@ -33,6 +34,9 @@ K, EPS = 8, 1e-6
 FLOORS = {"stage / sql, time": 1.3, "stage / loop, time": 1 / 6, "stage / pandas, memory": 0.5}
 LINEAR = 1.3
 MEMORY_MB = {10_000_000: 1024, 100_000_000: 2048}
+MEMORY_MB_OF_DUCKDB = 1024  # grade.memory_mb past ROWS; its default up to there
+TOKENS, LISTS = 256, (50_000, 200_000)
+STREAMS = 1.25  # memory at the larger of LISTS over that at the smaller
 Answer = dict[str, float]  # what is compared: prompts by reason, successes, and the advantages' absolute sum
 
 
@@ -288,7 +292,7 @@ def race(rows: int, run: Path, names: list[str], repeat: int) -> dict[str, Any]:
     from tests.bench.made_run import make
 
     began = time.perf_counter()
-    make(run, rows)
+    make(run, rows, memory_mb=MEMORY_MB_OF_DUCKDB if rows > ROWS else 384)
     print(f"{rows:,} rows made in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(repeat):
@@ -304,6 +308,21 @@ def race(rows: int, run: Path, names: list[str], repeat: int) -> dict[str, Any]:
         }
         for name, each in turns.items()
     }
+
+
+def stream_of_lists(folder: Path) -> dict[int, dict[str, Any]]:
+    """The stage where rows have token lists: time, memory, and bytes of lists that it moved."""
+    from pipeline.store import connect
+    from tests.bench.made_run import make
+
+    out = {}
+    for rows in LISTS:
+        make(folder / f"lists-{rows}", rows, TOKENS)
+        one = timed("stage", folder / f"lists-{rows}")
+        query = "select sum(4 * len(prompt_tokens) + 8 * len(tokens)) / 1e6 from shards"
+        (megabytes,) = connect(folder / f"lists-{rows}").sql(query).fetchall()[0]
+        out[rows] = {**one, "list_mb": megabytes}
+    return out
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
@@ -349,6 +368,7 @@ def main() -> None:
         results = {small: race(small, folder / str(small), ["stage"] if large else names, options.repeat)}
         if large:
             results[options.rows] = race(options.rows, folder / str(options.rows), ["stage"], options.repeat)
+        lists = stream_of_lists(folder)
     problems: list[str] = []
     for rows, found in results.items():
         print(f"{rows:,} rows")
@@ -364,6 +384,15 @@ def main() -> None:
         growth = results[options.rows]["stage"]["seconds"] / results[small]["stage"]["seconds"] / (options.rows / small)
         print(f"time at {options.rows:,} rows is {growth:.2f} of linear")
         problems += [f"time grows {growth:.2f} of linear, at most {LINEAR}"] if growth > LINEAR else []
+    for rows, one in lists.items():
+        rate = one["list_mb"] / one["seconds"]
+        print(
+            f"{rows:,} rollouts of {TOKENS} tokens: {one['list_mb']:.0f} MB of lists to shards in {one['seconds']:.1f} s",
+            end="",
+        )
+        print(f" ({rate:.0f} MB/s, the whole stage), {one['peak_mb']:.0f} MB held")
+    streams = lists[LISTS[1]]["peak_mb"] / lists[LISTS[0]]["peak_mb"]
+    problems += [f"memory grows {streams:.2f} times with 4 times the lists, at most {STREAMS}"] if streams > STREAMS else []
     if options.json:
         print(json.dumps(results))
     for problem in problems:

@@ -1,7 +1,8 @@
 """A run folder whose prompts, rollouts and verdicts are made in SQL, as large as wanted, in the store's own layout.
 
 One idea: grading reads keys, verdicts and lengths, so every token list has a single token here unless `tokens` says how many a
-response has; ids are md5, so that they are as hard to sort and as random as real ones. Of 100 groups 22 are Easy, 28 Hard, 50 Mid.
+response has; ids are md5, so that they are as hard to sort and as random as real ones. Of 100 groups 22 are Easy, 28 Hard, 50 Mid;
+rewards are shaped, so that a group's sums are of fractions.
 Rows of a prompt stand together and verdicts stand in the order of the rollouts, as the stages write them.
 """
 
@@ -36,6 +37,9 @@ name = "sums"
 path = "{ROOT}/data/tiny/train.jsonl"
 verifier = "sum"
 
+[grade]
+memory_mb = {{memory_mb}}
+
 [score]
 verifiers.sum = {{{{ type = "exact" }}}}
 
@@ -67,7 +71,7 @@ judged as (select i, level < 22 or (level < 72 and lucky) as correct from drawn)
 select
     'rollout' as kind, md5('r' || i) as id, md5('p' || i // {k}) as prompt_id, 0::integer as round, cast(null as integer) as step,
     cast(null as varchar) as suite, cast(null as varchar) as teacher, '0123456789abcdef' as text_sha,
-    if(correct, 'ok', 'wrong') as status, correct::integer::double as reward, correct, '51' as extracted, 'sum' as verifier,
+    if(correct, 'ok', 'wrong') as status, correct::integer - (hash(i, 1) % 10) / 50e0 as reward, correct, '51' as extracted, 'sum' as verifier,
     1::integer as verifier_version, 0.5e0 as elapsed_ms, cast(null as varchar) as detail
 from judged
 """
@@ -78,10 +82,10 @@ MANY_TOKENS = (  # 0.5 to 1.5 times {tokens}, ids and log-probs as good as rando
 )
 
 
-def make(run: Path, rows: int, tokens: int | None = None) -> Context:
+def make(run: Path, rows: int, tokens: int | None = None, memory_mb: int = 384) -> Context:
     """Writes the run and returns it."""
     run.mkdir(parents=True)
-    (run / "recipe.toml").write_text(RECIPE.format(run=run))
+    (run / "recipe.toml").write_text(RECIPE.format(run=run, memory_mb=memory_mb))
     ctx = load(run)
     asked = [{"role": "user", "content": ASKED}]
     lists = ONE_TOKEN if tokens is None else tuple(text.format(tokens=tokens) for text in MANY_TOKENS)

@@ -151,6 +151,22 @@ def test_raising_k_adds_rows_and_keeps_the_ones_that_are_there(a_copy: Path) -> 
     assert after.filter(pl.col("sample") < 4).equals(before)
 
 
+def test_log_probs_rounded_to_float16_change_nothing_else(a_copy: Path) -> None:
+    shutil.rmtree(a_copy / "rollouts" / "round=1")
+    before = table(a_copy, "grades")
+    exact = table(a_copy, "shards").filter(pl.col("round") == 1, pl.col("route") == "rl")
+    dypo("generate", "rollouts", a_copy, "--round", 1, "--set", "rollouts.logprobs='float16'")
+    assert {o["action"] for o in outcomes("grade", a_copy, "--round", 1)} == {
+        "nothing"
+    }  # neither ids nor texts are others, so what was graded still holds
+    assert table(a_copy, "grades").equals(before)
+    kept = (
+        table(a_copy, "rollouts").join(exact, left_on="rollout_id", right_on="item_id").explode("logprobs", "old_logprobs")
+    )
+    assert kept.schema["logprobs"] == pl.Float32
+    assert 0 < (kept["logprobs"] - kept["old_logprobs"]).abs().max() < 0.01
+
+
 def test_another_temperature_is_refused_without_regenerate(a_copy: Path) -> None:
     got = dypo("generate", "rollouts", a_copy, "--round", 1, "--set", "rollouts.temperature=0.7", check=False)
     assert got.returncode == 2

@@ -19,11 +19,11 @@ judged as (
             when route not in ('rl', 'sft') then 'route is neither rl nor sft'
             when route = 'rl' and prompt_id in (select prompt_id from broken) then 'the group is not whole'
             when route = 'rl' and temperature <= 0 then 'an rl row sampled at temperature 0'
+            when not (isfinite(w_sft) and isfinite(w_grpo) and isfinite(w_gal) and isfinite(advantage)) then 'a weight is not finite'
+            when least(w_sft, w_grpo, w_gal) < 0 then 'a weight is negative'
             when route = 'rl' and w_sft <> 0 then 'w_sft on an rl row: only sft rows have that term'
             when route = 'sft' and (w_grpo <> 0 or w_gal <> 0) then 'w_grpo or w_gal on an sft row'
             when route = 'sft' and teacher is null then 'an sft row without a teacher'
-            when not (isfinite(w_sft) and isfinite(w_grpo) and isfinite(w_gal) and isfinite(advantage)) then 'a weight is not finite'
-            when least(w_sft, w_grpo, w_gal) < 0 then 'a weight is negative'
         end as why
     from new_shards
 )
