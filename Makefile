@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 VVENV  := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden golden-record slow real bench-trainer bench-score bench-grade bench-store docs clean
+.PHONY: help demo test check golden golden-record slow real bench-trainer bench-score bench-grade bench-store bench-generate bench-skips docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,7 +35,7 @@ golden-record: $(VENV)/ready  ## the same, recorded anew; say in the commit why 
 docs: $(VENV)/ready  ## render docs/data.md and docs/recipe.md from schemas/
 	$(BIN)/python docs/render.py
 
-slow: $(VENV)/ready $(VVENV)/ready chromium  ## real components: the demo over 3 seeds, a real browser, vLLM's CPU build
+slow: $(VENV)/ready-real $(VVENV)/ready chromium  ## real components: the demo over 3 seeds, a real browser, llama.cpp, vLLM's CPU build
 	$(BIN)/python -m pytest -m "slow or chromium" tests
 	$(VVENV)/bin/python -m pytest -m vllm -W ignore::ResourceWarning tests/slow  # vLLM leaves zmq contexts to the collector
 
@@ -53,6 +53,13 @@ bench-grade: $(VENV)/ready-bench  ## grading 10 million rollouts: our stage, its
 
 bench-store: $(VENV)/ready-bench  ## what a stored rollout costs, and how fast one prompt reads
 	$(BIN)/python -m tests.bench.store $(ARGS)
+
+bench-generate: $(VENV)/ready $(VVENV)/ready  ## the embedded engine against transformers.generate, vllm against LLM.generate
+	$(BIN)/python -m tests.bench.generate $(ARGS)
+	$(VVENV)/bin/python -m tests.bench.generate_vllm
+
+bench-skips: $(VENV)/ready  ## tokens saved and routes changed by sequential groups and reuse, replaying whole groups of 16
+	$(BIN)/python -m tests.bench.skips $(ARGS)
 
 tiny-policy: $(VENV)/ready  ## make the embedded policy and its problems again (docs in data/tiny_policy)
 	$(BIN)/python data/make_tiny_policy.py

@@ -18,6 +18,7 @@ from schemas.errors import DypoError, Reported, UserError, WorkError
 
 if TYPE_CHECKING:
     from pipeline.context import Context
+    from pipeline.rescore import Rescored
     from pipeline.stage import Outcome
     from pipeline.what_if import WhatIf
 
@@ -139,7 +140,7 @@ def _reference(ctx: "Context") -> Any:
 
     None for hf, which is that forward. Loaded at the first call, on the CPU: a GPU is the engine's.
     """
-    if ctx.recipe.rollouts.engine.type != "vllm":
+    if ctx.recipe.rollouts.engine.type == "hf":
         return None
     from trainer import api
 
@@ -188,14 +189,30 @@ def generate(
             _tell(stage.teachers(ctx, regenerate=regenerate), as_json)
         if what != "teachers":
             r = ctx.next_round() if round is None else round
-            _tell([stage.rollouts(ctx, r, regenerate=regenerate, reference=_reference(ctx))], as_json)
+            _tell(stage.rollouts(ctx, r, regenerate=regenerate, reference=_reference(ctx)), as_json)
 
 
 @app.command()
-def score(target: Target, round: Round = None, set: Set = None, as_json: Json = False) -> None:
+def score(
+    target: Target,
+    round: Round = None,
+    set: Set = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="leave scores and grades as they are: judge beside them, show what differs from the verdicts of that version",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Judge the round's rollouts and every teacher's traces."""
     from pipeline.flow import score_round
 
+    if against is not None:
+        from pipeline.rescore import against as rescore
+
+        return _show_rescored(rescore(target, set or [], round, against), target, set or [], as_json)
     with _writing(target, set) as ctx:
         _tell(score_round(ctx, ctx.newest_round() if round is None else round), as_json)
 
@@ -512,6 +529,37 @@ def _show_what_if(found: "WhatIf", as_json: bool) -> None:
     print(f"round {found.round} with {asked}: {changed} of {found.prompts} prompts change (nothing was written)\n")
     for rows in (found.moves, found.routes):
         shell.show(pa.Table.from_pylist(rows), False)
+
+
+def _show_rescored(found: "Rescored", target: Path, overrides: list[str], as_json: bool) -> None:
+    """Verdicts that flipped, some of them in full, and what would be graded and routed otherwise."""
+    import shlex
+
+    import pyarrow as pa
+
+    from pipeline import shell
+
+    if as_json:
+        return print(json.dumps(vars(found)))
+    flipped = sum(row["rows"] for row in found.flips)
+    words = shlex.join([str(target), f"--round={found.round}", *(f"--set={item}" for item in overrides)])
+    print(
+        f"version {found.version} -> today's: {flipped} of {found.verdicts} verdicts flip (scores and grades are as they were)"
+    )
+    for label in found.without:
+        print(f"  {label}: has no verdicts of version {found.version}; today's were compared with the stored ones")
+    for rows in (found.flips, found.examples):
+        if rows:
+            print()
+            shell.show(pa.Table.from_pylist(rows), False)
+    print(
+        f"\nround {found.round}: {len(found.changed)} of {found.prompts} prompts change (now: by version {found.version}, then: by today's)\n"
+    )
+    for rows in (found.moves, found.routes):
+        shell.show(pa.Table.from_pylist(rows), False)
+    print(
+        f"\n`dypo score {words}` makes today's verdicts the run's, without judging again; then `dypo grade {target} --round={found.round}`"
+    )
 
 
 def _show_audit(entry: dict[str, Any]) -> None:

@@ -34,6 +34,12 @@ WHY = {
 }
 
 PROMPT = "select prompt_id, messages, answer, verifier, source, split, metadata from prompts where prompt_id = $id"
+CONTAMINATION = """
+select eval_prompt_id, eval_source, words, run, overlap
+from contamination
+where prompt_id = $id
+order by eval_prompt_id
+"""
 TRACES = """
 select
     t.trace_id, t.teacher, t.sample, t.text, t.finish_reason, t.model, t.sampling,
@@ -42,6 +48,12 @@ from traces as t
 left join scores as s on s.kind = 'trace' and s.id = t.trace_id
 where t.prompt_id = $id
 order by t.teacher, t.sample
+"""
+FAILURES = """
+select stage, round, step, suite, teacher, sample, why
+from failures
+where prompt_id = $id
+order by stage, round, step, suite, teacher, sample
 """
 GRADES = """
 select round, source_round, policy, k, successes, unjudged, grade, traces, reason
@@ -103,7 +115,9 @@ def explain(con: "duckdb.DuckDBPyConnection", prompt_id: str) -> dict[str, Any]:
         at["why"] = _why(at)
     return {
         "prompt": prompt,
+        "contamination": _rows(con, CONTAMINATION, found),
         "traces": traces,
+        "failures": _rows(con, FAILURES, found),
         "rounds": [rounds[r] for r in sorted(rounds)],
         "evals": _rows(con, EVALS, found),
         "why": _summary(con, prompt, rounds),
@@ -181,6 +195,8 @@ def _summary(con: "duckdb.DuckDBPyConnection", prompt: Row, rounds: dict[int, Ro
     """One sentence on the prompt over the whole run."""
     if prompt["split"] == "eval":
         return "an eval prompt: it never reaches rollouts, grades or training"
+    if prompt["split"] == "contaminated":
+        return "dropped from training: it shares text with an eval prompt"
     if not rounds:
         others = con.execute("select count(distinct prompt_id) from rollouts").fetchall()[0][0]
         return "no rollouts yet" + (f": the rounds so far drew {others:,} other prompts" if others else "")
@@ -200,10 +216,20 @@ def render_explain(d: dict[str, Any]) -> "Group":
     facts = f"source {p['source']}   split {p['split']}   verifier {p['verifier']}   gold {p['answer']}"
     parts: list[RenderableType] = [head, Text(_visible(facts), style="dim")]
     parts += [Text.assemble((f"{m['role']}: ", "cyan"), _clip(m["content"])) for m in p["messages"]]
+    if d["contamination"]:
+        table = _table("shares text with", "eval prompt", "source", "words", "overlap", "text")
+        for c in d["contamination"]:
+            _add(table, c["eval_prompt_id"][:8], c["eval_source"], c["words"], f"{c['overlap']:.2f}", c["run"])
+        parts += [Text(), table]
     if d["traces"]:
         table = _table("teacher traces", "teacher", "sample", "verdict", "extracted", "text")
         for t in d["traces"]:
             _add(table, t["teacher"], t["sample"], _verdict(t), t["extracted"], t["text"])
+        parts += [Text(), table]
+    if d["failures"]:
+        table = _table("could not be had", "stage", "round", "teacher", "sample", "text")
+        for f in d["failures"]:
+            _add(table, f["stage"], f["round"], f["teacher"], f["sample"], f["why"])
         parts += [Text(), table]
     for at in d["rounds"]:
         parts += [Text(), *_round_parts(at)]

@@ -4,24 +4,35 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.context import Context
+from pipeline.engines import vllm
 from pipeline.policy import check_folder
 from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome
 from pipeline.stages import evaluate, generate, grade, ingest, score, train
+from pipeline.store import Partition
 from schemas.scorers import UserScorer
 
 
 def score_round(ctx: Context, round: int) -> list[Outcome]:
     """Verdicts on the round's rollouts and on the traces that are there (grading wants every teacher's)."""
+    return score.run(ctx, judged_in(ctx, round))
+
+
+def judged_in(ctx: Context, round: int) -> list[tuple[str, Partition]]:
+    """The partitions that a round's verdicts are on, with their kind."""
     traces = [ctx.part("traces", teacher=t.name) for t in ctx.recipe.teachers]
     found = [("trace", part) for part in traces if part.manifest() is not None]
-    return score.run(ctx, [("rollout", ctx.part("rollouts", round=round)), *found])
+    return [("rollout", ctx.part("rollouts", round=round)), *found]
 
 
 def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:
     """On-policy refresh: rollouts, verdicts, grades and shards for the round that samples the newest checkpoint."""
-    yield generate.rollouts(ctx, round, regenerate=regenerate, reference=reference)
-    yield from score_round(ctx, round)
+    while True:
+        *told, drawn = generate.rollouts(ctx, round, regenerate=regenerate, reference=reference)
+        yield from (*told, drawn)
+        yield from score_round(ctx, round)
+        if ctx.recipe.rollouts.sequential is None or drawn.added == 0:
+            break
     yield from grade.run(ctx, round)
 
 
@@ -34,6 +45,7 @@ def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: 
         yield from evaluate.run(ctx, 0, 0, regenerate=regenerate, reference=reference)
     for round in range(ctx.recipe.rounds):
         yield from refresh(ctx, round, regenerate=regenerate, reference=reference)
+        vllm.shut_down()  # its memory is the trainer's now
         yield from train.run(ctx, round, trainer, regenerate=regenerate, empty_ok=True)
         if due_for_eval(ctx, round):
             yield from evaluate.run(ctx, round, final_step(ctx, round), regenerate=regenerate, reference=reference)

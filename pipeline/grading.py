@@ -7,7 +7,7 @@ into their partitions once every check has passed; a what-if only reads them. Le
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import skips
 from pipeline.context import Context
 from pipeline.stages.generate import round_prompt_ids
 from pipeline.store import (
@@ -65,19 +66,29 @@ def curriculum_text(curriculum: str | Path) -> str | None:
 
 
 class Grading:
-    """The round's verdicts and fitting traces, and from them its grades, then its routed sequences, in this order."""
+    """The round's verdicts and fitting traces, and from them its grades, then its routed sequences, in this order.
 
-    def __init__(self, ctx: Context, round: int, folder: Path) -> None:
+    scores: parts with verdicts that count in place of the stored ones on the same rows.
+    """
+
+    def __init__(self, ctx: Context, round: int, folder: Path, scores: Sequence[Path] = ()) -> None:
         self.ctx, self.round, self.folder = ctx, round, folder
         g = ctx.recipe.grade
         self._con = open_views(ctx.run)
+        if scores:
+            view_parts(self._con, "other_scores", list(scores), ARROW["scores"])
+            self._con.execute(f"create temp view scores as {sql('what_if/scores')}")
         self._con.execute(f"set memory_limit = '{g.memory_mb}MB'")
         self._con.execute(f"set temp_directory = '{folder / 'spill'}'")
         self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice
         (cores,) = self._con.execute("select current_setting('threads')").fetchall()[0]
         self._con.execute(f"set threads = {max(1, min(cores, g.memory_mb // MB_PER_THREAD))}")
         prompts = folder / "round_prompts.parquet"
-        pq.write_table(pa.table({"prompt_id": round_prompt_ids(ctx, round)}), prompts)
+        self._con.register("drawn", pa.table({"prompt_id": round_prompt_ids(ctx, round)}))
+        self._con.register("skipped", skips.rows(ctx, round))
+        self._con.execute(f"copy ({sql('round_prompts')}) to $path", {"round": round, "path": str(prompts)})
+        self._con.unregister("drawn")
+        self._con.unregister("skipped")
         pa.default_memory_pool().release_unused()  # or what reading the ids took stays beside DuckDB's share
         view_parts(self._con, "round_prompts", [prompts], pa.schema([]))
         earlier = [f for p in partitions(ctx.run, "grades") if int(dict(p.keys)["round"]) < round for f in p.files()]
@@ -89,7 +100,7 @@ class Grading:
 
     def _refuse_unscored(self) -> None:
         """Makes `verdicts`, one row a rollout; UserError if a rollout has none, or a trace."""
-        path, keys = self.folder / "verdicts.parquet", {"round": self.round, "k": self.ctx.recipe.rollouts.k}
+        path, keys = self.folder / "verdicts.parquet", {"k": self.ctx.recipe.rollouts.k}
         self._ordered_by_the_query(True)
         self._con.execute(f"copy ({sql('verdicts')}) to $path (compression lz4)", {**keys, "path": str(path)})
         view_parts(self._con, "verdicts", [path], pa.schema([]))
@@ -105,7 +116,7 @@ class Grading:
 
     def _all_judged(self) -> bool:
         """Whether `verdicts` has as many rows as there are rollouts to grade: ids are unique, so none is missing then."""
-        got = ask(self._con, sql("checks/judged"), round=self.round, k=self.ctx.recipe.rollouts.k).to_pylist()[0]
+        got = ask(self._con, sql("checks/judged"), k=self.ctx.recipe.rollouts.k).to_pylist()[0]
         return got["rollouts"] == got["verdicts"]
 
     # ------------------------------------------------------------ grades

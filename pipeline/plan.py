@@ -68,7 +68,8 @@ class _Plan:
         key = {"round": n}
         drawn = r.rollouts.prompts_per_round
         prompts = drawn if train_rows is None else min(drawn or train_rows, train_rows)
-        wanted = None if prompts is None else prompts * r.rollouts.k
+        skipped = ctx.part("skips", **key).manifest() if r.rollouts.sequential or r.rollouts.reuse else None
+        wanted = None if prompts is None else prompts * r.rollouts.k - (int(skipped.facts["skipped"]) if skipped else 0)
         sampled = (f"checkpoints/round={n - 1}",) if n else ()
         spec = lambda: generate.rollout_spec(ctx, n)  # noqa: E731
         self.look("rollouts", "rollouts", key, spec, wanted, r.rollouts.max_tokens, sampled)

@@ -44,7 +44,7 @@ def variance(
     files = [f for route in ("rl", "sft") for f in ctx.part("shards", round=r, route=route).files()]
     shards = read_parts(files, "shards")
     sampler = ctx.policy_of(r)
-    refuse_shards(ctx, r, shards, sampler[1], empty_ok=False)
+    refuse_shards(ctx, r, shards, empty_ok=False)
     folder, policy = sampler if step in (None, 0) else ctx.checkpoint(r, step)
     ctx.verify_policy(folder)
     method = ctx.recipe.train.method
@@ -65,7 +65,7 @@ def variance(
         "round": r,
         "step": step or 0,
         "policy": policy,
-        "on_policy": policy == sampler[1],
+        "on_policy": {policy} == set(shards.column("policy").to_pylist()),
         "method": method.model_dump(mode="json"),
         **measured,
     }

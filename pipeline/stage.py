@@ -31,6 +31,7 @@ VERSIONS = {
     "ingest": 1,
     "teachers": 1,
     "rollouts": 1,
+    "skips": 1,
     "score": 1,
     "grade": 1,
     "route": 1,

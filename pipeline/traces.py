@@ -47,7 +47,7 @@ def _tokenised(
     ctx: Context, con: "duckdb.DuckDBPyConnection", renderer: Renderer, round: int
 ) -> Iterator[list[dict[str, Any]]]:
     samples = {t.name: t.samples for t in ctx.recipe.teachers}
-    for batch in stream(con, sql("verified_traces"), ROW_GROUP, round=round) if samples else ():
+    for batch in stream(con, sql("verified_traces"), ROW_GROUP) if samples else ():
         rows = [r for r in batch.to_pylist() if r["sample"] < samples.get(r["teacher"], 0)]
         for r in rows:
             _same_prompt(ctx, renderer, round, r["prompt_id"], r.pop("messages"), r["prompt_tokens"])

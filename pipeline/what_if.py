@@ -73,17 +73,22 @@ def _ungraded(recipe: Recipe) -> dict[str, Any]:
 
 def what_if(target: Path, overrides: list[str], round: int | None, settings: list[str]) -> WhatIf:
     """Grades a round (None: the newest) of a recipe or run as it says, and as it would with `settings`, and compares."""
-    import duckdb
-
     now = load(target, overrides)
     then = _then(target, overrides, settings, now)
     round = now.newest_round() if round is None else round
+    return WhatIf(round, settings, **compared(round, (now, []), (then, [])))
+
+
+def compared(round: int, now: tuple[Context, list[Path]], then: tuple[Context, list[Path]]) -> dict[str, Any]:
+    """prompts, moves, routes and changed of a round graded twice: by a context each, with the verdicts of those parts in place of
+    the stored ones."""
+    import duckdb
+
     with scratch(None) as folder:
         con = duckdb.connect()
-        for name, each in (("now", now), ("then", then)):
-            grades, lengths = grade_now(each, round, folder / name)
+        for name, (ctx, scores) in (("now", now), ("then", then)):
+            grades, lengths = grade_now(ctx, round, folder / name, scores)
             view_parts(con, f"grades_{name}", grades, ARROW["grades"])
             view_parts(con, f"shards_{name}", [lengths], pa.schema([]))
-        found: dict[str, pa.Table] = {name: ask(con, sql(f"what_if/{name}")) for name in ("moves", "routes", "changed")}
-    prompts = sum(found["moves"]["prompts"].to_pylist())
-    return WhatIf(round, settings, prompts, **{name: rows.to_pylist() for name, rows in found.items()})
+        found = {name: ask(con, sql(f"what_if/{name}")).to_pylist() for name in ("moves", "routes", "changed")}
+    return {"prompts": sum(row["prompts"] for row in found["moves"]), **found}

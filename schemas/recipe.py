@@ -7,10 +7,10 @@ Each stage's fingerprint hashes the slice of the recipe that its outputs depend 
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from schemas.address import without_secret
 from schemas.errors import UserError
 from schemas.scorers import ScorerConfig
 
@@ -73,12 +73,40 @@ class GymSource(Model):
 Source = Annotated[Union[FileSource, GymSource], Field(discriminator="type")]
 
 
+class Decontaminate(Model):
+    """Train prompts that share a run of words with an eval prompt: table `contamination` (docs/corpora.md)."""
+
+    ngram: int = Field(default=13, ge=2, description="words in a row that must be the same")
+    action: Literal["drop", "flag"] = Field(
+        default="drop", description="drop: they never reach generate; flag: rows of `contamination` alone"
+    )
+
+
 # ---------------------------------------------------------------- generation
 class ProgramEngine(Model):
     """A solver in Python: a built-in (`tiny.left`, `worked_solution`) or the user's `path/to/file.py:function`."""
 
     type: Literal["program"]
     program: str
+    max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
+
+
+class Budget(Model):
+    """What a teacher may use up in its whole stage, by the server's own count; reached: no new request, exit code 1."""
+
+    tokens: int | None = Field(default=None, ge=1, description="completion tokens")
+    cost: float | None = Field(default=None, gt=0, description="in the currency of the two prices")
+    input_price: float | None = Field(default=None, ge=0, description="of a million prompt tokens")
+    output_price: float | None = Field(default=None, ge=0, description="of a million completion tokens")
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> "Budget":
+        prices = (self.input_price, self.output_price)
+        if (self.cost is None) != (prices == (None, None)) or (self.cost is not None and None in prices):
+            raise ValueError("cost, input_price and output_price belong together: give all three, or tokens alone")
+        if self.tokens is None and self.cost is None:
+            raise ValueError("expected tokens, or cost with input_price and output_price")
+        return self
 
 
 class OpenAIEngine(Model):
@@ -96,24 +124,24 @@ class OpenAIEngine(Model):
     timeout_s: float = Field(default=120.0, gt=0)
     retries: int = Field(default=4, ge=0, description="of a request that timed out, got 429 or 5xx, or garbage")
     max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
+    budget: Budget | None = None
 
     @field_validator("base_url")
     @classmethod
     def _address_without_secret(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected http(s)://host:port/v1")
-        if parts.username or parts.password or parts.query:  # the recipe is kept in the run folder
-            raise ValueError("give the address alone: a key belongs in the environment variable that api_key_env names")
-        return url
+        return without_secret(url)
 
 
 class ReplayEngine(Model):
-    """Recorded traces: LUFFY's `target` column, OpenR1-Math-220k's `generations`, or JSONL with `prompt`+`text`."""
+    """Recorded traces: LUFFY's `target`, OpenR1-Math-220k's `generations`, TRL's and verl's logs, `prompt`+`text` (docs/corpora.md)."""
 
     type: Literal["replay"]
     path: Path
     select: str | None = Field(default=None, description="of a target with several teachers: the one to take")
+    verdict: str | None = Field(
+        default=None,
+        description="a recorded column that stands for the verifier's verdict on these traces: true, or 1 and more, is right",
+    )
 
 
 TeacherEngine = Annotated[Union[ProgramEngine, OpenAIEngine, ReplayEngine], Field(discriminator="type")]
@@ -144,10 +172,31 @@ class VLLMEngine(Model):
     max_model_len: int | None = Field(default=None, ge=1)
     seeded: bool = Field(default=True, description="false: no seed is sent, and the rows say so (seed null)")
     enforce_eager: bool = False
-    max_logprob_difference: float = Field(default=0.05, gt=0, description="engine against the trainer's forward, at start")
+    max_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="engine against the trainer's forward, of any token; default: 0.002, in bfloat16 0.05",
+    )
 
 
-RolloutEngine = Annotated[Union[HFEngine, VLLMEngine], Field(discriminator="type")]
+class VLLMServerEngine(Model):
+    """A vLLM server in dev mode, whose weights are reloaded in place for each policy."""
+
+    type: Literal["vllm_server"]
+    base_url: str = Field(description="of the server, without /v1: http://127.0.0.1:8000")
+    concurrency: int = Field(default=256, ge=1, description="requests at once; a sample is one request")
+    batch_sequences: int = Field(default=4096, ge=1, description="sequences asked for before a part file is written")
+    timeout_s: float = Field(default=600.0, gt=0)
+    retries: int = Field(default=4, ge=0, description="of one request")
+    seeded: bool = Field(default=True, description="false: no seed is sent, and the rows say so (seed null)")
+    max_logprob_difference: float | None = Field(
+        default=None,
+        gt=0,
+        description="server against the trainer's forward, of any token; default: 0.002, in bfloat16 0.05",
+    )
+
+
+RolloutEngine = Annotated[Union[HFEngine, VLLMEngine, VLLMServerEngine], Field(discriminator="type")]
 
 
 class Policy(Model):
@@ -157,6 +206,25 @@ class Policy(Model):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, description="of torch on a CPU; bitwise resume holds at the same number")
+
+
+class Sequential(Model):
+    """Draws groups in blocks and stops one whose grade is as good as sure. Costs little error, saves some tokens (docs/refresh.md)."""
+
+    block: int = Field(default=4, ge=1, description="rollouts drawn between two looks")
+    confidence: float = Field(default=0.85, gt=0.5, lt=1, description="chance of Easy, or of Hard, at which a group stops")
+    memory: float = Field(
+        default=1.0, ge=0, le=1, description="what a verdict counts for a round later; 0: only this round's"
+    )
+
+
+class Reuse(Model):
+    """Draws anew only for prompts that are Mid, moved or stale; for the others the newest stored rollouts stand (docs/refresh.md)."""
+
+    max_age: int = Field(default=2, ge=1, description="rounds after which any prompt is drawn anew")
+    token_budget: int | None = Field(
+        default=None, ge=1, description="response tokens a round, as estimated from stored lengths"
+    )
 
 
 class Rollouts(Model):
@@ -173,7 +241,22 @@ class Rollouts(Model):
         default="float32",
         description="float16: stored rounded to it, at a quarter less disk; a ratio is then off by 0.2 % at most where p > e^-8",
     )
+    max_failed: float = Field(
+        default=0.02, ge=0, le=1, description="share of samples whose prompt the policy may not be able to read or answer"
+    )
     engine: RolloutEngine = HFEngine()
+    sequential: Sequential | None = Field(default=None, description="default: groups are drawn whole")
+    reuse: Reuse | None = Field(default=None, description="default: every prompt of a round is drawn anew")
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _not_recorded(cls, engine: Any) -> Any:
+        if isinstance(engine, dict) and engine.get("type") == "replay":
+            raise ValueError(
+                "recorded completions cannot be training rollouts: nobody kept the sampling policy's token ids and log-probs, "
+                "which the importance ratios need. Import them as traces: [[teachers]] with engine = { type = 'replay', ... }"
+            )
+        return engine
 
     @field_validator("k")
     @classmethod
@@ -199,9 +282,17 @@ class Score(Model):
 
     verifiers: dict[str, ScorerConfig] = Field(min_length=1)
     workers: int = Field(default=2, ge=1)
-    timeout_s: float = Field(default=10.0, gt=0, description="for one verdict; then its process is killed")
+    timeout_s: float = Field(
+        default=10.0, gt=0, description="for one verdict (of processor time, for math); then its process is killed"
+    )
     memory_mb: int | None = Field(default=2048, ge=64, description="address space of a worker; null: no limit")
     max_failed: float = Field(default=0.1, ge=0, le=1, description="share of verdicts that may be timeout or error")
+    max_truncated: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of a round's rollouts that may be cut at their length limit; past it grade refuses",
+    )
 
 
 class Grade(Model):
@@ -226,6 +317,10 @@ class GAL(Model):
     logp_reduction: Literal["mean", "sum"] = "mean"
     ref: Literal["init", "none", "old"] = "init"
     beta: float = Field(default=1.0, gt=0)
+    pairs: Literal["correct", "reward"] = Field(
+        default="correct",
+        description="reward: of graded rewards (a judge's), every pair with R(s) > R(f) within a Mid group",
+    )
 
 
 class GRPO(Model):
@@ -445,6 +540,7 @@ class Recipe(Model):
     rounds: int = Field(default=1, ge=1)
     policy: Policy
     sources: list[Source] = Field(min_length=1)
+    decontaminate: Decontaminate | None = None
     teachers: list[Teacher] = []
     rollouts: Rollouts = Rollouts()
     score: Score

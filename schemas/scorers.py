@@ -9,12 +9,14 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from schemas.address import without_secret
+
 Status = Literal["ok", "wrong", "unparseable", "timeout", "truncated", "gold_bad", "error"]
 STATUSES: tuple[str, ...] = get_args(Status)
 
 
 class _Scorer(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class MathScorer(_Scorer):
@@ -75,4 +77,30 @@ class UserScorer(_Scorer):
         return spec
 
 
-ScorerConfig = Annotated[MathScorer | ExactScorer | ChoiceScorer | GymScorer | UserScorer, Field(discriminator="type")]
+class JudgeScorer(_Scorer):
+    """A rubric judged by a model behind an OpenAI-compatible server. The key is read from the environment and never written anywhere."""
+
+    type: Literal["judge"]
+    base_url: str
+    model: str
+    rubric: str = Field(min_length=1)
+    """What a good answer is, in words; the judge also sees the question, the prompt's `answer` as reference, and the answer."""
+    correct_at: float = Field(default=0.5, gt=0, le=1)
+    """Correct from this score on (scores go from 0 to 1). The score itself is kept as the reward."""
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float = Field(default=0.0, ge=0)
+    max_tokens: int = Field(default=1024, ge=1)
+    concurrency: int = Field(default=8, ge=1)
+    timeout_s: float = Field(default=120.0, gt=0)
+    retries: int = Field(default=4, ge=0)
+    """Of a request that timed out, got 429 or 5xx, or garbage."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _address_without_secret(cls, url: str) -> str:
+        return without_secret(url)
+
+
+ScorerConfig = Annotated[
+    MathScorer | ExactScorer | ChoiceScorer | GymScorer | UserScorer | JudgeScorer, Field(discriminator="type")
+]

@@ -31,8 +31,24 @@ prompts = Table(
         C("answer", S, "the gold answer"),
         C("verifier", S, "name of the recipe's verifier that judges answers to it"),
         C("source", S, "name of the recipe's source; eval suites name sources"),
-        C("split", S, "train | eval; only train prompts reach generate and grade"),
+        C("split", S, "train | eval | contaminated; only train prompts reach generate and grade"),
         C("metadata", S, "JSON text: everything else that the source said", nullable=True),
+    ),
+)
+
+contamination = Table(
+    "contamination",
+    "a train prompt and an eval prompt that share text",
+    ("prompt_id", "eval_prompt_id"),
+    (),
+    (
+        C("prompt_id", S, "the train prompt; its split is `contaminated` if it was dropped"),
+        C("eval_prompt_id", S, "the eval prompt"),
+        C("source", S, "the train prompt's source"),
+        C("eval_source", S, "the eval prompt's source"),
+        C("words", I32, "length of the runs of words that were compared"),
+        C("run", S, "a run of words that stands in both, in normal form"),
+        C("overlap", F64, "share of the eval prompt's runs of that length that stand in the train prompt"),
     ),
 )
 
@@ -49,7 +65,11 @@ traces = Table(
         C("text", S, "the response, without end-of-sequence token"),
         C("finish_reason", S, "stop | length"),
         C("model", S, "what the teacher says it is"),
-        C("sampling", S, "JSON text: temperature, top_p, max_tokens, seed"),
+        C(
+            "sampling",
+            S,
+            "JSON text: temperature, top_p, max_tokens, seed; n if one request gave several; usage of a request, in its first row; recorded: what a replayed file says of the trace",
+        ),
     ),
     content=("text",),
 )
@@ -76,6 +96,28 @@ rollouts = Table(
     "rollouts", "one sample of the policy for one train prompt", ("rollout_id",), ("round",), _rollout, content=("text",)
 )
 
+skips = Table(
+    "skips",
+    "a group of a round that was not drawn to its end, and what stands for the rest",
+    ("round", "prompt_id"),
+    ("round",),
+    (
+        _prompt,
+        _round,
+        C("source_round", I32, "round whose rollouts stand for the group"),
+        C("draws", I32, "rollouts drawn in this round"),
+        C("skipped", I32, "rollouts not drawn"),
+        C("grade", S, "easy | mid | hard: what the whole group would be graded, or was"),
+        C(
+            "chance",
+            F64,
+            "that the whole group gets this grade, as seen when drawing stopped; null: it was whole",
+            nullable=True,
+        ),
+        C("why", S, "sure | unmoved | budget | stale: see rollouts.sequential and rollouts.reuse"),
+    ),
+)
+
 _step = C("step", I32, "optimizer updates done in the round")
 _suite = C("suite", S, "name of the recipe's eval suite")
 eval_rollouts = Table(
@@ -85,6 +127,24 @@ eval_rollouts = Table(
     ("round", "step", "suite"),
     (*_rollout, _step, _suite),
     content=("text",),
+)
+
+failures = Table(
+    "failures",
+    "a sample that could not be had; the stage's next run tries it again",
+    ("stage", "prompt_id", "sample", "round", "step", "suite", "teacher"),
+    ("stage", "round", "step", "suite", "teacher"),
+    (
+        C("stage", S, "teachers | rollouts | eval_rollouts"),
+        C("round", I32, "round of a rollout; null for teachers", nullable=True),
+        C("step", I32, "step of an eval rollout, else null", nullable=True),
+        C("suite", S, "suite of an eval rollout, else null", nullable=True),
+        C("teacher", S, "the teacher, else null", nullable=True),
+        _prompt,
+        C("sample", I32, "index of the sample, from 0"),
+        C("why", S, "the reason"),
+        C("when", F64, "seconds since the epoch"),
+    ),
 )
 
 scores = Table(
@@ -105,8 +165,8 @@ scores = Table(
         C("reward", F64, "the verifier's number; 1 or 0 for the binary ones"),
         C("correct", B, "the verdict that grading counts; true exactly when status is ok"),
         C("extracted", S, "the answer that the verifier found in the text", nullable=True),
-        C("verifier", S, "the verifier's name in the recipe"),
-        C("verifier_version", I32, "version of the verifier's code"),
+        C("verifier", S, "the verifier's name in the recipe, or recorded.COLUMN: a verdict that came with the trace"),
+        C("verifier_version", I32, "version of the verifier's code; 0 for recorded verdicts"),
         C("elapsed_ms", F64, "time the verdict took"),
         C("detail", S, "why, for any status but ok and wrong", nullable=True),
     ),
@@ -234,7 +294,23 @@ evals = Table(
 )
 
 TABLES: dict[str, Table] = {
-    t.name: t for t in (prompts, traces, rollouts, scores, grades, shards, logprobs, draws, metrics, eval_rollouts, evals)
+    t.name: t
+    for t in (
+        prompts,
+        contamination,
+        traces,
+        rollouts,
+        skips,
+        failures,
+        scores,
+        grades,
+        shards,
+        logprobs,
+        draws,
+        metrics,
+        eval_rollouts,
+        evals,
+    )
 }
 ARROW: dict[str, pa.Schema] = {name: table.arrow() for name, table in TABLES.items()}
 

@@ -6,7 +6,7 @@
           or w_sft / (n_hard T_i) ("prompt")
     GRPO  sum over Mid rows of w_grpo * share_i * sum_t (weight_t surrogate_t + kl k3_t)
           share_i = 1 / (n_mid k T_i) (seq-mean-token-mean), 1 / Mid tokens (token-mean), 1 / (n_mid k horizon) (the last)
-    GAL   sum over groups of w_gal / n_mid * mean over pairs (correct against not correct)
+    GAL   sum over groups of w_gal / n_mid * mean over pairs (correct against not correct, or R(s) > R(f))
 
 One idea: every denominator is counted from the rows of the whole update before the first forward (`count`), and becomes
 a share of a row or group (`Share`). A micro-batch then only sums, so how an update is split cannot change its gradient.
@@ -15,7 +15,6 @@ max_tokens, if the recipe says so): they have no share of GRPO and are in no pai
 Left out: the model, autograd, metrics.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,7 +58,7 @@ class MicroBatch:
 
     rl rows come first, group by group: group g is rows starts[g]:starts[g + 1]. Columns that a row has no use for are 0.
     old_BT: what ratios divide by. sampler_BT: what truncation weighs against (None: no truncation). ref_BT: GAL's reference
-    (None: it has none). base_BT: the KL's (None: no KL). correct_B: 1 correct, 0 not, NaN masked (in no pair).
+    (None: it has none). base_BT: the KL's (None: no KL). rating_B: what GAL's pairs compare (`Row.rating`).
     """
 
     rows: list[Row]
@@ -70,7 +69,7 @@ class MicroBatch:
     ref_BT: Tensor | None
     base_BT: Tensor | None
     advantage_B: Tensor
-    correct_B: Tensor
+    rating_B: Tensor
     sft_share_B: Tensor
     grpo_share_B: Tensor
     gal_share_G: list[float]
@@ -93,8 +92,6 @@ def count(units: Sequence[Unit], prompts: int) -> Counts:
     """The denominators of one update over `units`, drawn by `prompts` prompt visits."""
     hard = [unit for unit in units if unit[0].route == "sft"]
     mid = [unit for unit in units if unit[0].route == "rl"]
-    paired = [[row for row in unit if not row.masked] for unit in mid]
-    right = [sum(row.correct for row in unit) for unit in paired]
     return Counts(
         prompts=prompts,
         hard=len(hard),
@@ -102,7 +99,7 @@ def count(units: Sequence[Unit], prompts: int) -> Counts:
         rows=sum(len(unit) for unit in units),
         sft_tokens=sum(len(row.tokens) for unit in hard for row in unit),
         rl_tokens=sum(len(row.tokens) for unit in mid for row in unit),
-        pairs=sum(s * (len(unit) - s) for s, unit in zip(right, paired, strict=True)),
+        pairs=sum(s.rating > f.rating for unit in mid for s in unit for f in unit),
     )
 
 
@@ -143,7 +140,7 @@ def micro_batch(units: Sequence[Unit], counts: Counts, method: DypoMethod, devic
         ref_BT=None if method.gal.ref == "none" else by_token(gal_arrays),
         base_BT=by_token(ref_arrays) if method.grpo.kl > 0 else None,
         advantage_B=column([r.advantage for r in rows]),
-        correct_B=column([math.nan if r.masked else r.correct for r in rows]),
+        rating_B=column([r.rating for r in rows]),
         sft_share_B=column(sft_share),
         grpo_share_B=column(grpo_share),
         gal_share_G=[unit[0].w_gal / counts.mid for unit in groups],
@@ -168,8 +165,8 @@ def components(logps_BT: Tensor, batch: MicroBatch, method: DypoMethod) -> Compo
         summaries_B, ref_B = gal_summaries(logps_BT, batch, method)
         for share, start, stop in zip(batch.gal_share_G, batch.starts, batch.starts[1:], strict=False):
             ref_K = None if ref_B is None else ref_B[start:stop]
-            correct_K = batch.correct_B[start:stop]
-            gal = gal + share * group_alignment(summaries_B[start:stop], ref_K, correct_K, beta=method.gal.beta)
+            rating_K = batch.rating_B[start:stop]
+            gal = gal + share * group_alignment(summaries_B[start:stop], ref_K, rating_K, beta=method.gal.beta)
     return Components(
         sft=sft(logps_BT * batch.sft_share_B.to(dtype).unsqueeze(-1), sft_mask_BT),
         grpo=torch.where(grpo_mask_BT, grpo_BT, 0.0).sum(),

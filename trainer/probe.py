@@ -157,7 +157,8 @@ def _rows(job: VarianceJob, visits: Sequence[Visit]) -> Shards:
     elif ref is None:
         tables = list(reference_logprobs(job.base, shards, job.policy, job.train.micro_batch_tokens))
         ref = pa.concat_tables(tables) if tables else None
-    return Shards(shards, ref, mask_truncated=job.train.method.grpo.mask_truncated)
+    method = job.train.method
+    return Shards(shards, ref, mask_truncated=method.grpo.mask_truncated, pairs=method.gal.pairs)
 
 
 # ---------------------------------------------------------------- gradients

@@ -5,6 +5,7 @@ before the model is loaded and name the row, what was expected and the way out.
 Left out: which rows a step takes (schedule.py), and tensors (batch.py).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Row:
     """One sequence. `ref_logps` is None unless the method reads a reference; of sft rows all three log-probs are.
 
     old_logps: what ratios divide by; the sampler's own (`sampler_logps`), or rows of role old where the method reads them.
-    masked: the row counts in every denominator and gives no gradient.
+    masked: the row counts in every denominator and gives no gradient. by_reward: GAL's pairs compare rewards.
     """
 
     item_id: str
@@ -44,16 +45,30 @@ class Row:
     w_gal: float
     sampler_logps: np.ndarray | None = None
     masked: bool = False
+    by_reward: bool = False
+
+    @property
+    def rating(self) -> float:
+        """What GAL's pairs compare: 1 for correct, 0 for not, or the reward; NaN: in no pair."""
+        if self.masked:
+            return math.nan
+        return self.reward if self.by_reward else float(self.correct)
 
 
 class Shards:
     """A round's shard table, and the stored log-probs of the roles that the method reads (None: it does not).
 
-    mask_truncated: rollouts that were cut at max_tokens are `masked`.
+    mask_truncated: rollouts that were cut at max_tokens are `masked`. pairs: the method's gal.pairs.
     """
 
     def __init__(
-        self, shards: pa.Table, ref: pa.Table | None, old: pa.Table | None = None, *, mask_truncated: bool = False
+        self,
+        shards: pa.Table,
+        ref: pa.Table | None,
+        old: pa.Table | None = None,
+        *,
+        mask_truncated: bool = False,
+        pairs: str = "correct",
     ) -> None:
         self.table = shards.combine_chunks()
         self._at: dict[Key, int] = {}
@@ -61,6 +76,7 @@ class Shards:
             if self._at.setdefault(key, at) != at:
                 raise UserError(f"shards: item {key[1]} of route {key[0]} is there twice; grade the round again")
         self._mask_truncated = mask_truncated
+        self._by_reward = pairs == "reward"
         self._roles = {role: t.combine_chunks() for role, t in (("ref", ref), ("old", old)) if t is not None}
         self._role_at = {
             role: {item: at for at, item in enumerate(t["item_id"].to_pylist())} for role, t in self._roles.items()
@@ -101,6 +117,7 @@ class Shards:
             w_gal=get["w_gal"].as_py(),
             sampler_logps=sampler,
             masked=rl and self._mask_truncated and get["finish_reason"].as_py() == "length",
+            by_reward=self._by_reward,
         )
 
     def _check_role(self, role: str) -> None:

@@ -83,7 +83,9 @@ def shards_of(job: TrainJob) -> Shards:
             raise UserError(
                 f"the method reads log-probs of role {role} (train.method: gal.ref, grpo.kl, grpo.old); none were given"
             )
-    return Shards(job.shards, roles.get("ref"), roles.get("old"), mask_truncated=method.grpo.mask_truncated)
+    return Shards(
+        job.shards, roles.get("ref"), roles.get("old"), mask_truncated=method.grpo.mask_truncated, pairs=method.gal.pairs
+    )
 
 
 def begin(job: TrainJob, done: Mapping[int, Path], team: Team = ALONE) -> tuple[PolicyLM, Optimizers, TrainerState]:

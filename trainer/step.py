@@ -222,7 +222,7 @@ def _observe(
     summaries_B, ref_B = gal_summaries(logps_BT, batch, method)
     lengths_B = batch.lengths_B.double()
     for start, stop in zip(batch.starts, batch.starts[1:], strict=False):
-        correct_K = batch.correct_B[start:stop]
+        rating_K = batch.rating_B[start:stop]
         ref_K = None if ref_B is None else ref_B[start:stop]
-        seen.margins += pair_margins(summaries_B[start:stop], ref_K, correct_K, beta=method.gal.beta).tolist()
-        seen.length_gaps += pair_margins(lengths_B[start:stop], None, correct_K, beta=1.0).long().tolist()
+        seen.margins += pair_margins(summaries_B[start:stop], ref_K, rating_K, beta=method.gal.beta).tolist()
+        seen.length_gaps += pair_margins(lengths_B[start:stop], None, rating_K, beta=1.0).long().tolist()

@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that could not be had, and why. No row is written, so the next run tries again."""
+    """A sample that could not be had, and why: a row of table `failures`, and the next run tries again."""
 
     prompt_id: str
     sample: int

@@ -47,6 +47,12 @@ def plan_batches(asks: Sequence[Ask], size: int) -> list[list[Row]]:
     return [batch for batch in batches if batch]
 
 
+def unfinished_batches(asks: Sequence[Ask], size: int, finished: Finished) -> list[list[Row]]:
+    """What is left of each planned batch, where something is."""
+    batches = [[(a, s) for a, s in batch if (a.prompt_id, s) not in finished] for batch in plan_batches(asks, size)]
+    return [batch for batch in batches if batch]
+
+
 class HFSampler:
     """Samples the policy in `folder`; the model is loaded at the first batch that has something to do."""
 
@@ -67,10 +73,8 @@ class HFSampler:
 
     def run(self, asks: Sequence[Ask], finished: Finished) -> Iterator[list[Sample | Failure]]:
         """One list for each planned batch that has unfinished samples; only those are computed."""
-        for batch in plan_batches(asks, self.size):
-            rows = [(ask, sample) for ask, sample in batch if (ask.prompt_id, sample) not in finished]
-            if rows:
-                yield self._sample(rows)
+        for rows in unfinished_batches(asks, self.size, finished):
+            yield self._sample(rows)
 
     def _sample(self, rows: list[Row]) -> list[Sample | Failure]:
         model = self._model()

@@ -1,21 +1,22 @@
 """Engine `openai`: any OpenAI-compatible chat server, hosted or on loopback (vLLM, SGLang, llama.cpp).
 
-One idea: a sample is one request of its own (n = 1, a seed derived from prompt and sample), because many
-servers ignore `n`, and a request is what gets lost, repeated and counted. Requests run on an event loop in a
-daemon thread; `run` hands finished samples over in lists of a few seconds' work: a kill costs at most those.
+One idea: a request asks for all missing samples of one prompt (`n`, at most `MAX_N`), so its prompt is paid for once. The
+first request finds out whether that works: a server that answers with fewer choices, or whose `usage` leaves some out, is
+asked one by one, with a seed derived from prompt and sample. It also asks for log-probs, which nothing here uses; `note`
+says what the server turned out to do.
+Requests run on an event loop in a daemon thread; `run` hands finished samples over in lists of a few seconds' work: a kill
+costs at most those.
 
     retried      time-outs, broken connections, 408, 409, 425, 429, 5xx, and garbage (not JSON, no choice, no
-                 text, no finish_reason): exponential backoff with jitter, or as long as Retry-After says
+                 text, no finish_reason): exponential backoff with jitter, or as long as Retry-After says, for all requests
     Failure      what is left of those after `retries`; other 4xx; a finish that is neither stop nor length
-    WorkError    401, 403, 404; a server that does not answer at the start; 16 requests failed in a row
+    WorkError    401, 403, 404; a server that does not answer at the start; 16 requests failed in a row; a budget used up
 
-Text that a server hands over apart as `reasoning_content` (or `reasoning`) is put before the answer in
-<think>...</think>, which is what the same model writes behind a server that does not take it apart.
-The key is read from the environment, sent to the server, and struck out of every message.
+What a reply means is openai_reply.py's, what it costs spending.py's. The key is read from the environment, sent to the
+server, and struck out of every message.
 """
 
 import asyncio
-import email.utils
 import importlib
 import json
 import os
@@ -23,13 +24,15 @@ import queue
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.engines.base import Ask, Failure, Finished, Sample
-from pipeline.sources import whole_unicode
+from pipeline.engines.openai_reply import Bad, Reply, read, retry_after, said
+from pipeline.engines.spending import Meter, Usage
 from schemas.errors import UserError, WorkError
 from schemas.ids import seed_from
 from schemas.recipe import OpenAIEngine
@@ -38,14 +41,16 @@ BACKOFF_S = 0.5  # before the first repeat; doubled for each further one
 MAX_BACKOFF_S = 60.0
 MAX_RETRY_AFTER_S = 300.0
 FLUSH_ROWS, FLUSH_S = 64, 5.0
+MAX_N = 8  # samples in one request, which is what a lost one costs
 IN_A_ROW = 16  # requests that failed for good, one after the other: the server is gone or misconfigured
 START_TRIES = 3  # connections, while the server has never answered
 CONNECT_S = 10.0
 RETRIED = frozenset({408, 409, 425, 429})
-STOP, LENGTH = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}, {"length", "max_tokens"}
+UNKNOWN_PARAMETER = frozenset({400, 422, 501})  # what servers say to a parameter that they do not have
 
 Result = Sample | Failure
-Work = list[tuple[Ask, int]]
+Results = list[Result]  # of one request
+Samples = tuple[int, ...]
 
 
 class OpenAITeacher:
@@ -54,10 +59,12 @@ class OpenAITeacher:
     name = "openai"
     seeded = True
     complete = True
-    note = ""
 
-    def __init__(self, config: OpenAIEngine, who: str = "openai") -> None:
+    def __init__(self, config: OpenAIEngine, who: str = "openai", spent: Usage = Usage()) -> None:
+        """`spent`: what the stage's stored rows used up already."""
         self._config, self._who = config, who
+        self._meter = Meter(config.budget, spent)
+        self.note = ""
         try:
             importlib.import_module("openai")
         except ImportError:
@@ -65,24 +72,25 @@ class OpenAITeacher:
 
     def run(self, asks: Sequence[Ask], finished: Finished) -> Iterator[list[Result]]:
         """Yields finished samples in the order in which the server answers."""
-        work = [(ask, s) for ask in asks for s in ask.samples if (ask.prompt_id, s) not in finished]
+        wanted = ((ask, tuple(s for s in ask.samples if (ask.prompt_id, s) not in finished)) for ask in asks)
+        work = deque((ask, samples) for ask, samples in wanted if samples)
         if not work:
             return
-        results: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
-        crew = _Crew(self._config, self._who, work, results)
+        left = sum(len(samples) for _, samples in work)
+        results: queue.SimpleQueue[Results | BaseException] = queue.SimpleQueue()
+        crew = _Crew(self._config, self._who, work, results, self._meter)
         batch: list[Result] = []
-        left, began = len(work), time.monotonic()
+        began = time.monotonic()
         try:
             while left:
                 try:
                     item = results.get(timeout=max(0.0, began + FLUSH_S - time.monotonic()) if batch else None)
                 except queue.Empty:
-                    item = None
+                    item = []
                 if isinstance(item, BaseException):
                     raise item
-                if item is not None:
-                    batch.append(item)
-                    left -= 1
+                batch += item
+                left -= len(item)
                 if len(batch) >= FLUSH_ROWS or (batch and time.monotonic() - began >= FLUSH_S):
                     full, batch = batch, []
                     yield full
@@ -96,49 +104,65 @@ class OpenAITeacher:
             raise
         finally:
             crew.stop()
+            self.note = crew.note()
         if batch:
             yield batch
 
 
-def _left_over(results: "queue.SimpleQueue[Result | BaseException]") -> list[Result]:
+def _left_over(results: "queue.SimpleQueue[Results | BaseException]") -> list[Result]:
     out: list[Result] = []
     while not results.empty():
         item = results.get()
         if not isinstance(item, BaseException):
-            out.append(item)
+            out += item
     return out
 
 
 @dataclass(frozen=True)
-class _Bad:
-    """An attempt that gave no sample: why, whether another may help, and how long the server asked to wait."""
+class _Request:
+    """What one request asks for: some samples of one prompt, and whether their log-probs too."""
 
-    why: str
-    again: bool = True
-    wait_s: float | None = None
-    connected: bool = True  # the server was there
-    counts: bool = True  # towards the failures in a row that mean a broken server
-    free: bool = False  # not an attempt: our own correction
-    fatal: str | None = None
+    ask: Ask
+    samples: Samples
+    logprobs: bool
 
 
 class _Crew:
     """`concurrency` workers on an event loop of their own; what they get goes to `results`, errors too."""
 
     def __init__(
-        self, config: OpenAIEngine, who: str, work: Work, results: "queue.SimpleQueue[Result | BaseException]"
+        self,
+        config: OpenAIEngine,
+        who: str,
+        work: deque[tuple[Ask, Samples]],
+        results: "queue.SimpleQueue[Results | BaseException]",
+        meter: Meter,
     ) -> None:
-        self._config, self._who, self._results = config, who, results
-        self._work = iter(work)
-        self._workers = min(config.concurrency, len(work))
+        self._config, self._who, self._results, self._meter = config, who, results, meter
+        self._work = work
+        self._workers = min(config.concurrency, sum(len(samples) for _, samples in work))
         self._key = os.environ.get(config.api_key_env, "").strip()
         self._length_key = "max_tokens"
         self._failed_in_a_row = 0
         self._answered = False
+        self._honours_n: bool | None = None  # None: not known yet
+        self._why_not_n = "ignores n"
+        self._gives_logprobs: bool | None = None
+        self._probing = False  # a request is under way whose reply will tell
+        self._quiet_until = 0.0  # the loop's time before which the server wants no request
         self._loop = asyncio.new_event_loop()
         self._main = self._loop.create_task(self._all())
         self._thread = threading.Thread(target=self._serve, name="openai-teacher", daemon=True)
         self._thread.start()
+
+    def note(self) -> str:
+        """What the server turned out to do, and what the stage has used up."""
+        found = []
+        if self._honours_n is not None:
+            found.append("honours n" if self._honours_n else f"{self._why_not_n}, so it was asked one by one")
+        if self._gives_logprobs is not None:
+            found.append("gives log-probs" if self._gives_logprobs else "gives no log-probs")
+        return "; ".join(filter(None, [", ".join(found), self._meter.told]))
 
     def stop(self) -> None:
         """Ends the requests under way; closing their connections may take a second."""
@@ -171,21 +195,43 @@ class _Crew:
             for worker in done:
                 if (error := worker.exception()) is not None:
                     raise error
+        if self._work and (why := self._meter.refusal):
+            raise WorkError(self._text(f"{why}. {KEPT} Raise it, then run the same command again"))
 
     async def _worker(self, client: Any) -> None:
-        for ask, sample in self._work:
-            result = await self._sample(client, ask, sample)
-            self._results.put(result)
+        """Requests until there is no work, or no money: those under way are waited for, none is begun."""
+        while self._work and not self._meter.refusal:
+            ask, samples = self._work.popleft()
+            probes = not self._probing and (self._honours_n is None or self._gives_logprobs is None)
+            n = MAX_N if self._honours_n or (probes and self._honours_n is None) else 1
+            if rest := samples[n:]:
+                self._work.appendleft((ask, rest))
+            self._probing |= probes
+            results = await self._request(client, _Request(ask, samples[:n], probes and self._gives_logprobs is None))
+            self._probing &= not probes
+            self._results.put(results)
+            if rest := samples[len(results) : n]:
+                self._work.appendleft((ask, rest))
+            if self._meter.blind:
+                raise WorkError(
+                    self._text(
+                        f"{self._config.base_url} does not report `usage`, so the budget cannot be kept. {KEPT} "
+                        "Remove `budget` or use a server that reports it, then run the same command again"
+                    )
+                )
 
-    async def _sample(self, client: Any, ask: Ask, sample: int) -> Result:
-        """One sample, however many attempts it takes."""
-        attempt = 0
+    async def _request(self, client: Any, request: _Request) -> Results:
+        """The request's first samples, at least one, however many attempts it takes; none if the budget is used up."""
+        attempt, asked, plainer = 0, request, False
         while True:
-            got = await self._attempt(client, ask, sample)
-            if isinstance(got, Sample):
+            while (quiet := self._quiet_until - self._loop.time()) > 0:
+                await asyncio.sleep(quiet + random.uniform(0, min(1.0, 0.1 * quiet)))
+            got = await self._attempt(client, request)
+            if isinstance(got, Reply):
                 self._failed_in_a_row = 0
                 self._answered = True
-                return got
+                self._learn(asked, request, got, plainer)
+                return self._samples(request, got)
             attempt += not got.free
             if got.fatal is not None:
                 raise WorkError(self._text(got.fatal))
@@ -197,12 +243,39 @@ class _Crew:
                         f"{KEPT} Start the server or correct base_url, then run the same command again"
                     )
                 )
-            if self._answered and (not got.again or attempt > self._config.retries):
-                return self._failure(ask, sample, got, attempt)
-            wait = min(BACKOFF_S * 2 ** (attempt - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(wait if got.wait_s is None else min(got.wait_s, MAX_RETRY_AFTER_S))
+            plainer |= got.plainer
+            request = _Request(request.ask, request.samples[:1] if plainer else request.samples, logprobs=False)
+            if self._answered and not got.free and (not got.again or attempt > self._config.retries):
+                return self._failures(request, got, attempt)
+            if self._meter.refusal:
+                return []
+            if got.wait_s is not None:
+                self._quiet_until = max(self._quiet_until, self._loop.time() + min(got.wait_s, MAX_RETRY_AFTER_S))
+            elif not got.free:
+                wait = min(BACKOFF_S * 2 ** (attempt - 1), MAX_BACKOFF_S)
+                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
 
-    def _failure(self, ask: Ask, sample: int, got: _Bad, attempts: int) -> Failure:
+    def _learn(self, asked: _Request, request: _Request, got: Reply, plainer: bool) -> None:
+        """What a reply to `request` says about the server; `plainer`: it did not take the one `asked` at first."""
+        if request.logprobs or (asked.logprobs and plainer):
+            self._gives_logprobs = request.logprobs and got.logprobs > 0
+        if len(asked.samples) > 1 and self._honours_n is not False:
+            self._honours_n = not plainer and got.choices >= len(request.samples) and not got.undercounted
+            if got.undercounted:
+                self._why_not_n = "counts the tokens of one answer where n were given"
+
+    def _samples(self, request: _Request, got: Reply) -> Results:
+        config = self._config
+        row: dict[str, Any] = {k: getattr(config, k) for k in ("temperature", "top_p", "max_tokens")}
+        row |= {"seed": _seed(request)} | ({"n": len(request.samples)} if got.choices > 1 else {})
+        # usage is the whole request's, so it stands in its first row alone: sums over rows are right
+        first = row if got.usage is None else row | {"usage": vars(got.usage)}
+        return [
+            Sample(request.ask.prompt_id, sample, text, finish, got.model or config.model, json.dumps(row if i else first))
+            for i, (sample, (text, finish)) in enumerate(zip(request.samples, got.answers, strict=False))
+        ]
+
+    def _failures(self, request: _Request, got: Bad, attempts: int) -> Results:
         self._failed_in_a_row = self._failed_in_a_row + 1 if got.counts else 0
         if self._failed_in_a_row >= IN_A_ROW:
             raise WorkError(
@@ -212,57 +285,57 @@ class _Crew:
                 )
             )
         times = f" ({attempts} attempts)" if attempts > 1 else ""
-        return Failure(ask.prompt_id, sample, self._struck(got.why + times))
+        return [Failure(request.ask.prompt_id, s, self._struck(got.why + times)) for s in request.samples]
 
-    async def _attempt(self, client: Any, ask: Ask, sample: int) -> Sample | _Bad:
+    async def _attempt(self, client: Any, request: _Request) -> Reply | Bad:
         import openai
 
-        config = self._config
-        seed = seed_from(ask.seed, sample) % 2**31  # some servers hold 32 bits
-        sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
-        limit = self._length_key
+        config, limit = self._config, self._length_key
+        more: dict[str, Any] = {"n": len(request.samples)} if len(request.samples) > 1 else {}
+        if request.logprobs:
+            more["logprobs"] = True
         try:
             async with asyncio.timeout(config.timeout_s):
                 reply = await client.chat.completions.with_raw_response.create(
-                    model=config.model, messages=_messages(ask, config.system), temperature=config.temperature,
-                    top_p=config.top_p, seed=seed, **{limit: config.max_tokens},
+                    model=config.model, messages=_messages(request.ask, config.system), temperature=config.temperature,
+                    top_p=config.top_p, seed=_seed(request), **{limit: config.max_tokens}, **more,
                 )  # fmt: skip
         except openai.APIStatusError as e:
-            return await self._refused(client, e, limit)
+            return await self._refused(client, e, limit, request)
         except (TimeoutError, openai.APITimeoutError) as e:
             if type(e.__cause__).__name__ == "ConnectTimeout":
-                return _Bad("no connection in time", connected=False)
-            return _Bad(f"no answer within {config.timeout_s:g} s")
+                return Bad("no connection in time", connected=False)
+            return Bad(f"no answer within {config.timeout_s:g} s")
         except openai.APIConnectionError as e:
-            return _Bad(f"connection failed: {str(e.__cause__ or e) or type(e.__cause__).__name__}", connected=False)
-        made = _read(reply.content)
-        if isinstance(made, _Bad):
-            return made
-        text, finish_reason, model = made
-        row = json.dumps({**sampling, "seed": seed})
-        return Sample(ask.prompt_id, sample, text, finish_reason, model=model or config.model, sampling=row)
+            return Bad(f"connection failed: {str(e.__cause__ or e) or type(e.__cause__).__name__}", connected=False)
+        made = read(reply.content)
+        if made.usage is not None or isinstance(made, Reply):
+            self._meter.add(made.usage)
+        return made
 
-    async def _refused(self, client: Any, e: Any, limit: str) -> _Bad:
+    async def _refused(self, client: Any, e: Any, limit: str, request: _Request) -> Bad:
         """What a status other than 200 means."""
-        config, code, said = self._config, e.status_code, _said(e)
-        why = f"status {code}: {said}"
+        config, code, words = self._config, e.status_code, said(e)
+        why = f"status {code}: {words}"
         if code in (401, 403):
             state = "is set, so it may be the wrong key" if self._key else "is not set"
-            return _Bad(why, fatal=(
+            return Bad(why, fatal=(
                 f"{config.base_url} refuses the key ({why}). The environment variable {config.api_key_env} {state}; "
                 f"set it, or name another in api_key_env. {KEPT}"
             ))  # fmt: skip
         if code == 404:
-            return _Bad(why, fatal=(
+            return Bad(why, fatal=(
                 f"{config.base_url} does not know model '{config.model}' or has no /chat/completions ({why}). "
                 f"{await _models(client)}Correct model or base_url (which mostly ends in /v1). {KEPT}"
             ))  # fmt: skip
-        if code in RETRIED or code >= 500:
-            return _Bad(why, wait_s=_retry_after(e.response.headers))
-        if code == 400 and limit == "max_tokens" and "max_completion_tokens" in said:
+        if code == 400 and limit == "max_tokens" and "max_completion_tokens" in words:
             self._length_key = "max_completion_tokens"
-            return _Bad(why, wait_s=0.0, free=True)
-        return _Bad(why, again=False)
+            return Bad(why, free=True)
+        if code in UNKNOWN_PARAMETER and (request.logprobs or len(request.samples) > 1):
+            return Bad(why, free=True, plainer=True)
+        if code in RETRIED or code >= 500:
+            return Bad(why, wait_s=retry_after(e.response.headers), free=code >= 500 and request.logprobs)
+        return Bad(why, again=False)
 
     def _text(self, message: str) -> str:
         return self._struck(f"{self._who}: {message}")
@@ -272,6 +345,10 @@ class _Crew:
 
 
 KEPT = "Finished rows are kept."
+
+
+def _seed(request: _Request) -> int:
+    return seed_from(request.ask.seed, request.samples[0]) % 2**31  # some servers hold 32 bits
 
 
 @asynccontextmanager
@@ -291,58 +368,6 @@ def _messages(ask: Ask, system: str | None) -> list[dict[str, str]]:
     if system is None:
         return ask.messages
     return [{"role": "system", "content": system}, *(m for m in ask.messages if m["role"] != "system")]
-
-
-def _read(content: bytes) -> tuple[str, str, str | None] | _Bad:
-    """(text, finish_reason, model) of a chat completion."""
-    try:
-        reply = json.loads(content)
-    except ValueError:
-        return _Bad(f"garbage: expected JSON, found {content[:60]!r}")
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(choice, dict) or not isinstance(message, dict):
-        return _Bad(f"garbage: expected choices with a message, found {content[:60]!r}")
-    text, reason = message.get("content"), choice.get("finish_reason")
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    thought = thought.strip() if isinstance(thought, str) else ""
-    finish = "stop" if reason in STOP else "length" if reason in LENGTH else None
-    if isinstance(reason, str) and finish is None:
-        return _Bad(f"finish_reason '{reason}', expected stop or length", again=False, counts=False)
-    if not isinstance(text, str) or not text.strip():
-        if finish == "length" and thought:
-            return _Bad("max_tokens ended the reasoning before any answer; raise max_tokens", again=False)
-        return _Bad(f"garbage: expected a text, found {'an empty one' if isinstance(text, str) else repr(text)[:60]}")
-    if finish is None:
-        return _Bad(f"garbage: expected a finish_reason, found {reason!r}")
-    if thought and not text.lstrip().startswith("<think>"):
-        text = f"<think>\n{thought}\n</think>\n\n{text.lstrip()}"
-    model = reply.get("model")
-    return whole_unicode(text), finish, model if isinstance(model, str) and model else None
-
-
-def _said(e: Any) -> str:
-    """The server's own words about an error, on one line."""
-    body = e.body
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    said = inner.get("message", inner) if isinstance(inner, dict) else inner
-    return " ".join(str(said or e.message).split())[:300]
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds that the server asks to wait: a number, or a date."""
-    text = headers.get("retry-after")
-    if text is None:
-        return None
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 async def _models(client: Any) -> str:

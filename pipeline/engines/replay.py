@@ -6,22 +6,28 @@ A record is recognised by its columns, in this order:
                  text for each teacher, `select` = its index. Ours: [{role, content, teacher}], `select` = the name
     generations  OpenR1-Math-220k: a list of texts, samples of one teacher, in order; `finish_reasons` beside it, or
                  `is_reasoning_complete`, says which ones were cut off (length)
-    text, completion or response     one sample a row; `teacher`, `sample`, `finish_reason`, `model` beside it count
+    text, completion (TRL), response or output (verl)     one sample a row; `teacher`, `sample`, `finish_reason`,
+                 `model` beside it count
     messages     that end with the assistant's: its answer
 
-A record belongs to the prompt with the same messages (`prompt_id`, `prompt`, `problem`, `question` or `messages`),
-else, system messages aside, to the one with the same conversation, else to the one whose last user message is the
-record's problem. Samples that the file does not have are absent, not failed.
+matching.py says which prompt a record belongs to. Numbers and truth values beside a text (for generations: in lists as long
+as theirs) were recorded of that trace, verdicts among them, and are kept in its `sampling` as `recorded`. Samples that
+the file does not have are absent, not failed.
 
 A text where one per teacher is expected is refused: picking "the second" of a text would take its second letter.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.engines.base import Ask, Failure, Finished, Sample
+from pipeline.engines.matching import COLUMNS, Match
 from pipeline.sources import (
     FIX,
     PARQUET,
@@ -30,17 +36,16 @@ from pipeline.sources import (
     data_files,
     kind_of,
     parquet_schema,
-    prompt_messages,
+    plain,
     read_rows,
     short,
     whole_unicode,
 )
 from schemas.errors import UserError
-from schemas.ids import digest, prompt_id
 from schemas.recipe import ReplayEngine
 
 FLUSH_ROWS = 256
-TEXT_COLUMNS = ("text", "completion", "response")
+TEXT_COLUMNS = ("text", "completion", "response", "output")
 BESIDE = (
     "teacher",
     "sample",
@@ -53,9 +58,10 @@ BESIDE = (
 FORMS = """\
   - target: a list of {role, content} (LUFFY), with `teacher` beside content, or with a list of texts as content
   - generations: a list of texts (OpenR1-Math-220k)
-  - text, completion or response: one trace a row
+  - text, completion, response or output: one trace a row (TRL's logged completions, verl's dumped rollouts)
   - messages that end with the assistant's
-each beside prompt, problem, question, messages or prompt_id"""
+each beside prompt, problem, question, messages, input or prompt_id"""
+NO_VALUES = frozenset({*COLUMNS, "prompt_id", "sample"})
 THINK = "<think>"
 
 
@@ -70,6 +76,7 @@ class Trace:
     teacher: str | None = None
     model: str = ""
     sampling: str = "{}"
+    recorded: Mapping[str, bool | int | float] = field(default_factory=dict)
 
 
 Recorded = dict[str, dict[int, Trace]]  # prompt_id -> sample -> trace
@@ -107,7 +114,7 @@ class ReplayTeacher:
 
     def _read(self, asks: Sequence[Ask]) -> Recorded:
         recorded: Recorded = {ask.prompt_id: {} for ask in asks}
-        match = _Match(asks)
+        match = Match(asks)
         records = matched = 0
         example = ""
         teachers: set[str | None] = set()
@@ -158,11 +165,12 @@ class ReplayTeacher:
         """Columns that need not be read; UserError if the file is not one of traces."""
         if path.suffix not in PARQUET:
             return frozenset()
-        names = parquet_schema(path).names
+        schema = parquet_schema(path)
+        names = schema.names
         form = _form(names)
         if form is None:
             raise _not_recognised(path, names)
-        used = {*PROMPT_COLUMNS, "prompt_id", form, *BESIDE}
+        used = {*COLUMNS, "prompt_id", form, *BESIDE, *(f.name for f in schema if _holds_values(f.type, form))}
         if form != "messages" and any(c in names for c in PROMPT_COLUMNS if c != "messages"):
             used.discard("messages")
         return frozenset(names) - used
@@ -177,44 +185,6 @@ class ReplayTeacher:
                 "Expected each sample once: number them from 0, or leave `sample` out"
             )
         into[sample] = trace
-
-
-class _Match:
-    """Finds the prompts that a record belongs to."""
-
-    def __init__(self, asks: Sequence[Ask]) -> None:
-        self._ids = {ask.prompt_id for ask in asks}
-        self._talks: dict[str, list[str]] = {}
-        last: dict[str, dict[str, list[str]]] = {}
-        for ask in asks:
-            talk = _talk(ask.messages)
-            self._talks.setdefault(talk, []).append(ask.prompt_id)
-            last.setdefault(ask.messages[-1]["content"].strip(), {}).setdefault(talk, []).append(ask.prompt_id)
-        # a last message that ends two different conversations tells neither of them
-        self._last = {text: next(iter(talks.values())) for text, talks in last.items() if len(talks) == 1}
-
-    def __call__(self, row: Row) -> tuple[list[str], str]:
-        """(ids of the prompts, the record's problem)."""
-        if isinstance(key := row.values.get("prompt_id"), str):
-            return ([key] if key in self._ids else []), key
-        column = next((c for c in PROMPT_COLUMNS if row.values.get(c) is not None), None)
-        if column is None:
-            raise UserError(
-                f"{row.where}: no prompt. Expected one of {', '.join(PROMPT_COLUMNS)} or prompt_id, found "
-                f"{', '.join(row.values) or 'no column'}. {FIX}"
-            )
-        messages = prompt_messages(row, column)
-        text = messages[-1]["content"]
-        if (key := prompt_id(messages)) in self._ids:
-            return [key], text
-        if ids := self._talks.get(_talk(messages)):
-            return ids, text
-        alone = all(m["role"] == "system" for m in messages[:-1])
-        return (self._last.get(text.strip(), []) if alone else []), text
-
-
-def _talk(messages: list[dict[str, str]]) -> str:
-    return digest([[m["role"], m["content"].strip()] for m in messages if m["role"] != "system"])
 
 
 def _names(teachers: set[str | None]) -> str:
@@ -249,15 +219,43 @@ def _traces(row: Row, select: str | None) -> list[Trace]:
         made = _last_answer(row, value, select)
     else:
         made = _one_text(row, form, value, select)
-    return [replace(t, **_made_by(row)) for t in made if t.text.strip()]
+    model = row.values.get("model")
+    model = model if isinstance(model, str) else row.path.name
+    sampling = _sampling(row)
+    alone = None if form == "generations" else _values(row.values)
+    out = []
+    for t in made:
+        if t.text.strip():
+            recorded = t.recorded if alone is None else alone
+            told = {**sampling, "recorded": recorded} if recorded else sampling
+            out.append(replace(t, model=model, sampling=json.dumps(told)))
+    return out
 
 
-def _made_by(row: Row) -> dict[str, str]:
-    model, sampling = row.values.get("model"), row.values.get("sampling")
-    return {
-        "model": model if isinstance(model, str) else row.path.name,
-        "sampling": sampling if isinstance(sampling, str) else "{}",
-    }
+def _sampling(row: Row) -> dict[str, Any]:
+    """How the row says that it was sampled: an object, or a text that is one in JSON."""
+    value = row.values.get("sampling")
+    try:
+        read = json.loads(value) if isinstance(value, str) else value or {}
+    except ValueError:
+        read = None
+    if not isinstance(read, dict):
+        raise UserError(
+            f"{row.where}: `sampling`: expected an object in JSON, found {kind_of(value)} ({short(value, 40)}). {FIX}"
+        )
+    return plain(read)
+
+
+def _values(values: Mapping[str, Any]) -> dict[str, bool | int | float]:
+    """The numbers and truth values of a row, but those that say which prompt or sample it is."""
+    numbers = {k: v for k, v in values.items() if k not in NO_VALUES and isinstance(v, bool | int | float)}
+    return {k: v for k, v in numbers.items() if math.isfinite(v)}
+
+
+def _holds_values(kind: pa.DataType, form: str) -> bool:
+    if form == "generations" and pa.types.is_list(kind):
+        kind = kind.value_type
+    return pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _target(row: Row, value: Any, select: str | None) -> list[Trace]:
@@ -324,7 +322,8 @@ def _generations(row: Row, value: Any, select: str | None) -> list[Trace]:
         reason = _at(reasons, i)
         if reason is None and _at(complete, i) is False:
             reason = "length"
-        out.append(Trace(_text(where, text), row.where, _finish(reason)))
+        lists = {k: _at(v, i) for k, v in row.values.items() if isinstance(v, list) and len(v) == len(value)}
+        out.append(Trace(_text(where, text), row.where, _finish(reason), recorded=_values(lists)))
     return out
 
 

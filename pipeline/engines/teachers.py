@@ -4,6 +4,7 @@ Besides what engines/base.py asks for, these engines have `complete` (False: a s
 absent, not failed) and `note`, one line about what they found ("" until the first list comes, or for good).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +19,11 @@ class TeacherEngine(Engine, Protocol):
     note: str
 
 
-def teacher_engine(teacher: Teacher) -> TeacherEngine:
-    """The teacher's engine. UserError if its file, program or package is missing, before any work."""
+def teacher_engine(teacher: Teacher, kept: Sequence[Path] = ()) -> TeacherEngine:
+    """The teacher's engine. UserError if its file, program or package is missing, before any work.
+
+    `kept`: the parts of its traces that are there already, whose cost counts towards its budget.
+    """
     who = f"teacher '{teacher.name}'"
     config = teacher.engine
     if isinstance(config, ProgramEngine):
@@ -28,8 +32,9 @@ def teacher_engine(teacher: Teacher) -> TeacherEngine:
         return ProgramTeacher(config.program, who)
     if isinstance(config, OpenAIEngine):
         from pipeline.engines.openai import OpenAITeacher
+        from pipeline.engines.spending import stored_usage
 
-        return OpenAITeacher(config, who)
+        return OpenAITeacher(config, who, stored_usage(kept))
     from pipeline.engines.replay import ReplayTeacher
 
     return ReplayTeacher(config, who)

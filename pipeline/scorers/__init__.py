@@ -2,6 +2,7 @@
 
 base.py        Item and Verdict, and the ways to make one
 math_answer.py exact.py choice.py gym.py user.py     the scorers: (text, gold answer) -> Verdict
+judge.py       the one that asks a model: many items at a time, outside the pool
 dispatch.py    verifier configuration -> scorer, gold check, version
 pool.py        VerdictPool: chunks, time and memory limits, retries
 clean_fork.py  the workers' multiprocessing context

@@ -4,12 +4,13 @@ import time
 from dataclasses import replace
 from typing import Any, assert_never
 
-from pipeline.scorers import choice, exact, gym, math_answer, user
+from pipeline.scorers import choice, exact, gym, judge, math_answer, user
 from pipeline.scorers.base import Item, Verdict, error
 from schemas.scorers import (
     ChoiceScorer,
     ExactScorer,
     GymScorer,
+    JudgeScorer,
     MathScorer,
     ScorerConfig,
     UserScorer,
@@ -29,12 +30,14 @@ def version(config: ScorerConfig) -> int:
             return gym.VERSION
         case UserScorer():
             return user.VERSION
+        case JudgeScorer():
+            return judge.VERSION
         case _:
             assert_never(config)
 
 
 def check_gold(verifier_config: ScorerConfig, answer: str, metadata: dict[str, Any] | None) -> str | None:
-    """Why this gold answer cannot be judged against, or None. A user's function is trusted with any answer."""
+    """Why this gold answer cannot be judged against, or None. A user's function and a judge are trusted with any."""
     match verifier_config:
         case MathScorer():
             return math_answer.bad_gold(answer)
@@ -44,7 +47,7 @@ def check_gold(verifier_config: ScorerConfig, answer: str, metadata: dict[str, A
             return choice.bad_gold(answer)
         case GymScorer():
             return gym.bad_gold(metadata)
-        case UserScorer():
+        case UserScorer() | JudgeScorer():
             return None
         case _:
             assert_never(verifier_config)
@@ -75,5 +78,7 @@ def _score(config: ScorerConfig, item: Item) -> Verdict:
             return gym.score(item.text, item.metadata)
         case UserScorer():
             return user.score(item, config)
+        case JudgeScorer():
+            raise TypeError("a judge is asked by the stage, many items at a time, and not in a worker")
         case _:
             assert_never(config)

@@ -11,10 +11,12 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from pipeline.scorers import plain_math
+from pipeline.scorers import math_reading, plain_math, sample_point
 from pipeline.scorers.base import Verdict, gold_bad, judged, last_boxed, unparseable
+from pipeline.scorers.math_reading import Reading
+from pipeline.scorers.plain_math import Plain
 
-VERSION = 2  # 2: where digits have a space between, there are several boxes or the box says nothing, math-verify reads
+VERSION = 3  # 2: spaces between digits, several boxes and a box that says nothing are math-verify's to read; 3: nor are a line break and an fbox ours
 TAIL_CHARS = 20_000  # the answer stands at the end; math-verify's patterns slow down on long texts
 GOLD_CHARS = 5_000
 
@@ -34,56 +36,61 @@ def score(text: str, answer: str) -> Verdict:
         return gold_bad(reason)
     tail = text[-TAIL_CHARS:]
     box = last_boxed(tail)
-    if box is None or not _box_stands_alone(tail, box):
-        return _verified(tail, answer)
-    content = box[2].strip().removesuffix(".")  # math-verify cannot parse \boxed{12.}
-    return _quick(content, answer) or _verified_box(content, answer) or _verified(tail, answer)
-
-
-@lru_cache(maxsize=8192)  # wrong answers are the slow ones, and a prompt's rollouts repeat them
-def _verified_box(content: str, answer: str) -> Verdict | None:
-    """math-verify's verdict on the box; None where it can read nothing in it and would look on in the text."""
-    found = _parsed_box(content)
-    return None if all(isinstance(each, str) for each in found) else _compared(found, answer)
+    if box is not None and _box_stands_alone(tail, box):
+        content = box[2].strip().removesuffix(".")  # math-verify cannot parse \boxed{12.}
+        if (quick := _quick(content, answer)) is not None:
+            return quick
+        if (found := _read_box(content)).says_something:
+            return _compared(found, answer)
+    return _compared(math_reading.read(tail), answer)
 
 
 @lru_cache(maxsize=8192)
-def _parsed_box(content: str) -> list[Any]:
-    return _parsed(f"\\boxed{{{content}}}")
-
-
-def _parsed(tail: str) -> list[Any]:
-    parse, _ = _math_verify()
-    return parse(tail, parsing_timeout=None, raise_on_error=True)
-
-
-def _verified(tail: str, answer: str) -> Verdict:
-    """math-verify's verdict."""
-    return _compared(_parsed(tail), answer)
-
-
-def _compared(found: list[Any], answer: str) -> Verdict:
-    _, verify = _math_verify()
-    strings = [each for each in found if isinstance(each, str)]
-    extracted = strings[0] if strings else None
-    if not found:
-        return unparseable("math-verify finds no answer in the text")
-    if verify(_parsed_gold(answer), found, timeout_seconds=None, raise_on_error=True):
-        return judged(True, extracted)
-    if len(strings) == len(found):
-        return unparseable("math-verify cannot parse the answer", extracted)
-    return judged(False, extracted)
+def _read_box(content: str) -> Reading:
+    return math_reading.read(f"\\boxed{{{content}}}")
 
 
 def _quick(content: str, answer: str) -> Verdict | None:
-    """The verdict where the box settles it without sympy: the same string, or two plain answers."""
+    """The verdict where the box settles it without a look at the text: the same string, or two plain answers."""
     gold = _unwrapped(answer)
-    if not _normalised(content) or _ambiguous(gold) or _ambiguous(content):
+    if not plain_math.normalised(content) or plain_math.ambiguous(gold) or plain_math.ambiguous(content):
         return None
-    if _normalised(gold) == _normalised(content):
+    if plain_math.normalised(gold) == plain_math.normalised(content):
         return judged(True, content)
     same = plain_math.decide(_plain(gold), _plain(content))
     return None if same is None else judged(same, content)
+
+
+def _compared(found: Reading, answer: str) -> Verdict:
+    if found.first is None and not found.says_something:
+        return unparseable("math-verify finds no answer in the text")
+    # math-verify also compares the first strings; where they are equal and the gold answer is plain, so are the values.
+    gold = _plain(_unwrapped(answer))
+    same = plain_math.decide(gold, found.plain)
+    if same is None and gold is not None and gold.values and found.parsed is not None:
+        same = False if sample_point.differs(map(float, gold.values), found.parsed) else None
+    if same is None:
+        same = _verified(found, answer)
+    if same or found.says_something:
+        return judged(same, found.first)
+    return unparseable("math-verify cannot parse the answer", found.first)
+
+
+def _verified(found: Reading, answer: str) -> bool:
+    """What math-verify says."""
+    if found.latex is not None:
+        return _verified_latex(found.latex, found.first, answer)
+    return _verify([each for each in (found.parsed, found.first) if each is not None], answer)
+
+
+@lru_cache(maxsize=8192)  # what is equal but not plain, or wrong and slow, comes again among a prompt's rollouts
+def _verified_latex(latex: str, first: str | None, answer: str) -> bool:
+    return _verify([each for each in (math_reading.parse_latex(latex), first) if each is not None], answer)
+
+
+def _verify(found: list[Any], answer: str) -> bool:
+    _, verify = _math_verify()
+    return verify(_parsed_gold(answer), found, timeout_seconds=None, raise_on_error=True)
 
 
 _AFTER_BOX = re.compile(r"\s*(?:\$\$?|\\\]|\\\))?\s*(?:[.!,;*\n]|$|[A-Za-z](?!ercent|ct\b))")
@@ -93,8 +100,8 @@ _JOINED = re.compile(r"\}[\s$)\]\\.]*(?:,?\s*and|,?\s*or|,)[\s$(\[\\]*$")
 
 def warm_up() -> None:
     """Parse and compare, one right and one wrong: the wrong one loads half of sympy."""
-    _verified(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
-    _verified(r"\boxed{2\sqrt{3}}", r"3\sqrt{2}")
+    for said, answer in ((r"\sqrt{8}", r"2\sqrt{2}"), (r"2\sqrt{3}", r"3\sqrt{2}")):
+        _verified_latex(said, said, answer)
 
 
 def _box_stands_alone(tail: str, box: tuple[int, int, str]) -> bool:
@@ -106,6 +113,7 @@ def _box_stands_alone(tail: str, box: tuple[int, int, str]) -> bool:
         and _BEFORE_BOX.search(before) is not None
         and _JOINED.search(before) is None
         and "\\boxed" not in tail[:start]  # of several it may take all, as a set
+        and "\\fbox" not in tail
         and "I hope" not in tail[:start]  # "The final answer is 3. I hope it is correct." outranks every box
         and "answer" not in after.lower()
         and not any(mark in after.lstrip(" ").removeprefix("$$").removeprefix("$") for mark in _MATH)
@@ -113,12 +121,6 @@ def _box_stands_alone(tail: str, box: tuple[int, int, str]) -> bool:
 
 
 _MATH = ("$", "\\(", "\\[", "\\boxed")
-
-_SPACE = r"(?:\s|\\[,!;: ])"
-_SPACED = re.compile(rf"[A-Za-z\d.\\]{_SPACE}+[A-Za-z\d.]|[A-Za-z]{_SPACE}+[{{}}(\[]|\\text\{{{_SPACE}")
-_LISTED = re.compile(rf"\d,{_SPACE}+\d")
-_BRACKETED = re.compile(r"\s*(?:\\left\s*)?(?:\\\{|[(\[])")
-_NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,!;: ]|\s+|\\displaystyle(?![a-z])")
 
 
 def _unwrapped(answer: str) -> str:
@@ -130,18 +132,8 @@ def _unwrapped(answer: str) -> str:
     return stripped
 
 
-def _plain(answer: str) -> plain_math.Plain | None:
-    return None if _ambiguous(answer) else plain_math.read(_normalised(answer))
-
-
-def _ambiguous(answer: str) -> bool:
-    """Whether letters or digits would run together that had a space between, as in 1 1/2, or a list pass for a number: 2, 345."""
-    return _SPACED.search(answer) is not None or (_LISTED.search(answer) is not None and not _BRACKETED.match(answer))
-
-
-def _normalised(answer: str) -> str:
-    plain = _NOISE.sub("", answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
-    return plain.removesuffix(".")
+def _plain(answer: str) -> Plain | None:
+    return None if plain_math.ambiguous(answer) else plain_math.read(plain_math.normalised(answer))
 
 
 @lru_cache(maxsize=4096)  # a prompt's k rollouts share one gold answer

@@ -26,6 +26,13 @@ _INTERVAL = re.compile(r"([(\[])(.*)([)\]])")
 _WORD = re.compile(r"\\text\{((?![a-z]*(?:and|or|inf|percent))[a-z]{3,20})\}")  # those mean something to math-verify
 
 
+_SPACE = r"(?:\s|\\[,!;: ])"
+_SPACED = re.compile(rf"\\\\|[A-Za-z\d.\\]{_SPACE}+[A-Za-z\d.]|[A-Za-z]{_SPACE}+[{{}}(\[]|\\text\{{{_SPACE}")
+_LISTED = re.compile(rf"\d,{_SPACE}+\d")
+_BRACKETED = re.compile(r"\s*(?:\\left\s*)?(?:\\\{|[(\[])")
+_NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,!;: ]|\s+|\\displaystyle(?![a-z])")
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """coefficient * sqrt(radicand), the radicand square-free; 1 for a fraction."""
@@ -48,8 +55,10 @@ class Plain:
 
 def decide(gold: Plain | None, found: Plain | None) -> bool | None:
     """Whether they are the same; None where that is not for us to say."""
-    if gold is None or found is None or gold.kind != found.kind:
+    if gold is None or found is None:
         return None
+    if gold.kind != found.kind:
+        return False if "number" in (gold.kind, found.kind) and not (_one_number(gold) and _one_number(found)) else None
     if gold.kind == "word":
         if gold.mark == found.mark:
             return True
@@ -66,9 +75,29 @@ def decide(gold: Plain | None, found: Plain | None) -> bool | None:
     return False if max(abs(a - b) for a, b in zip(*sides, strict=True)) > NEAR else None
 
 
+def ambiguous(answer: str) -> bool:
+    """Whether letters or digits would run together that had a space between, as in 1 1/2, a list pass for a number: 2, 345,
+    or a line break (two backslashes) for a space."""
+    return _SPACED.search(answer) is not None or (_LISTED.search(answer) is not None and not _BRACKETED.match(answer))
+
+
+def normalised(answer: str) -> str:
+    """An answer without spaces, \\left and \\right, and with \\frac as its only fraction: what `read` takes."""
+    plain = _NOISE.sub("", answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+    return plain.removesuffix(".")
+
+
+def _one_number(answer: Plain) -> bool:
+    """Whether it can be called a number: one is, and so is a set whose elements are near each other."""
+    if answer.kind != "set":
+        return answer.kind == "number"
+    values = [float(value) for value in answer.values]
+    return values[-1] - values[0] <= NEAR or values[-1] >= LARGE or values[0] <= -LARGE
+
+
 @lru_cache(maxsize=8192)
 def read(normalised: str) -> Plain | None:
-    """An answer without spaces, \\left and \\right, and with \\frac as its only fraction; None if it is not plain."""
+    """A normalised answer; None if it is not plain."""
     if (value := _value(normalised)) is not None:
         return Plain("number", (value,))
     if match := _WORD.fullmatch(normalised):

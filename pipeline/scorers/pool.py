@@ -1,9 +1,8 @@
 """Verdicts from a pool of processes: a stuck or crashing verdict costs that verdict, and nothing else.
 
-Items travel in chunks. A chunk in which something hangs or crashes is run again item by item; an
-item that fails on its own is tried once more, then recorded as `timeout` or `error` with the
-reason. Time is wall-clock, so a verdict near the limit depends on the machine's load: that is what
-the second try is for.
+Items travel in chunks, and a worker marks the item it is at. What a limit of its own ended (the memory; for `math`, which runs in
+one thread, the processor's time) is recorded as `error` or `timeout` at once: it would end so again. What may be chance (a crash;
+wall-clock time, which the machine's load shares) is tried once more, alone, and then recorded. The rest of its chunk goes on.
 
 What is left out: a user's function that starts processes of its own has to end them itself.
 """
@@ -12,13 +11,14 @@ import contextlib
 import os
 import resource
 import signal
+import tempfile
 import time
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +36,7 @@ CHUNK_CHARS = 1_000_000
 TEXT_CHARS = 1_000_000  # a longer text is not sent to any worker
 TASKS_PER_WORKER = 500  # chunks; then a fresh worker, so that what sympy caches does not add up
 START_S = 120.0  # a worker's imports, a user's module among them
+BUSY = 10  # times the limit in wall-clock time for what has a clock of processor time: a busy machine is not its fault
 BREAKDOWNS = 5  # in a row, without one verdict in between
 
 _OUT_OF_MEMORY = 71  # exit codes of our own
@@ -44,11 +45,11 @@ _LEFT_QUIETLY = 70
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Positions in the work list that travel together. `tries` counts an item's failures on its own."""
+    """Positions in the work list that travel together; `last`: one item's second try. `mark`: the file that says where it is."""
 
     positions: tuple[int, ...]
-    tries: int = 0
-    alone: bool = False
+    last: bool = False
+    mark: Path | None = None
 
 
 class VerdictPool:
@@ -79,6 +80,7 @@ class VerdictPool:
         self.memory_mb = memory_mb
         self._context: CleanForkContext | None = None
         self._pool: ProcessPool | None = None
+        self._marks: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "VerdictPool":
         for config in self.verifiers.values():
@@ -113,6 +115,7 @@ class VerdictPool:
         return _Round(self, items).run()
 
     def _start(self) -> None:
+        self._marks = tempfile.TemporaryDirectory(prefix="dypo-score-")
         self._context = CleanForkContext(_modules(self.verifiers))
         self._pool = self._workers(self.workers, self.verifiers, self.memory_mb)
 
@@ -129,11 +132,14 @@ class VerdictPool:
     def _stop(self) -> None:
         pool, self._pool = self._pool, None
         context, self._context = self._context, None
+        marks, self._marks = self._marks, None
         if pool is not None:
             pool.stop()
             pool.join()
         if context is not None:
             context.stop()
+        if marks is not None:
+            marks.cleanup()
 
     def _check_workers(self) -> None:
         assert self._pool is not None
@@ -171,20 +177,21 @@ class _Round:
     def __init__(self, pool: VerdictPool, items: Sequence[Item]) -> None:
         self.pool = pool
         self.items = items
-        self.verdicts: list[Verdict | None] = [_decided_here(item) for item in items]
+        self.verdicts: list[Verdict | None] = [decided_unread(item) for item in items]
         self.queue: deque[_Job] = deque(_chunked(items, self.verdicts))
         self.in_flight: dict[Future[list[Verdict]], _Job] = {}
         self.breakdowns = 0
         # A worker leaves a chunk after half the limit, so what runs longer than one and a half has an item that hangs.
         self.budget_s = pool.timeout_s / 2
         self.chunk_timeout_s = pool.timeout_s * 1.5
+        self.begun = 0
 
     def run(self) -> list[Verdict]:
         while self.queue or self.in_flight:
             self._fill()
             done, _ = wait(
                 self.in_flight,
-                timeout=self.chunk_timeout_s + START_S,
+                timeout=self.chunk_timeout_s * BUSY + START_S,
                 return_when=FIRST_COMPLETED,
             )
             if not done:  # a worker died between taking a task and saying so: pebble would wait for ever
@@ -200,11 +207,15 @@ class _Round:
             job = self.queue.popleft()
             batch = [self.items[position] for position in job.positions]
             assert self.pool._pool is not None
+            assert self.pool._marks is not None
+            self.begun += 1
+            job = replace(job, mark=Path(self.pool._marks.name, f"{id(self)}-{self.begun}"))
+            limit = self.pool.timeout_s if job.last else self.chunk_timeout_s
+            if all(self._has_a_clock(position) for position in job.positions):
+                limit *= BUSY
             try:
                 future = self.pool._pool.schedule(
-                    _score_batch,
-                    args=(batch, self.budget_s),
-                    timeout=self.pool.timeout_s if job.alone else self.chunk_timeout_s,
+                    _score_batch, args=(batch, self.budget_s, self.pool.timeout_s, str(job.mark)), timeout=limit
                 )
             except RuntimeError as reason:
                 self.queue.appendleft(job)
@@ -212,15 +223,22 @@ class _Round:
                 continue
             self.in_flight[future] = job
 
+    def _has_a_clock(self, position: int) -> bool:
+        return isinstance(self.pool.verifiers[self.items[position].verifier], MathScorer)
+
     def _take(self, future: Future[list[Verdict]]) -> None:
         job = self.in_flight.pop(future)
+        late = Verdict(
+            "timeout", detail=f"no verdict within {self.pool.timeout_s:g} s", elapsed_ms=self.pool.timeout_s * 1000
+        )
         try:
             verdicts = future.result()
         except TimeoutError:
-            limit = f"no verdict within {self.pool.timeout_s:g} s"
-            self._failed(job, Verdict("timeout", detail=limit, elapsed_ms=self.pool.timeout_s * 1000))
+            self._failed(job, late)
         except ProcessExpired as ended:
-            self._failed(job, error(_obituary(ended.exitcode, self.pool.memory_mb)))
+            out_of_time, out_of_memory = ended.exitcode == -signal.SIGPROF, ended.exitcode == _OUT_OF_MEMORY
+            verdict = late if out_of_time else error(_obituary(ended.exitcode, self.pool.memory_mb))
+            self._failed(job, verdict, certain=out_of_time or out_of_memory)
         except (BrokenProcessPool, RuntimeError) as reason:
             self.in_flight[future] = job
             self._break_down(str(reason))
@@ -229,25 +247,31 @@ class _Round:
         else:
             self.breakdowns = 0
             self._record(job, verdicts)
+        if job.mark is not None:
+            job.mark.unlink(missing_ok=True)
 
     def _record(self, job: _Job, verdicts: list[Verdict]) -> None:
         slow = []
         for position, verdict in zip(job.positions, verdicts, strict=False):
-            if verdict.elapsed_ms > self.pool.timeout_s * 1000 and not job.alone:
-                slow.append(_Job((position,), alone=True))  # the limit is the same in a chunk as alone
+            if verdict.elapsed_ms > self.pool.timeout_s * 1000 and not job.last and not self._has_a_clock(position):
+                slow.append(_Job((position,), last=True))  # the limit is the same in a chunk as alone
             else:
                 self.verdicts[position] = verdict
         self.queue.extendleft(slow)
         if rest := job.positions[len(verdicts) :]:
             self.queue.appendleft(_Job(rest))
 
-    def _failed(self, job: _Job, verdict: Verdict) -> None:
-        if not job.alone:
-            self.queue.extendleft(_Job((position,), alone=True) for position in reversed(job.positions))
-        elif job.tries == 0:
-            self.queue.appendleft(_Job(job.positions, tries=1, alone=True))
+    def _failed(self, job: _Job, verdict: Verdict, *, certain: bool = False) -> None:
+        """The item that the worker was at has failed, in a way that is certain to repeat or not; the others are to be judged."""
+        at = _marked(job)
+        if at is None:  # it had not begun, or cannot say: each on its own
+            self.queue.extendleft(_Job((position,)) for position in reversed(job.positions))
+        elif certain or job.last:
+            self.verdicts[job.positions[at]] = verdict
         else:
-            self.verdicts[job.positions[0]] = verdict
+            self.queue.appendleft(_Job((job.positions[at],), last=True))
+        if at is not None:
+            self.queue.extendleft(_Job(rest) for rest in (job.positions[at + 1 :], job.positions[:at]) if rest)
 
     def _break_down(self, reason: str) -> None:
         """The pool itself is unusable: begin a new one, and run what was in flight item by item."""
@@ -259,9 +283,19 @@ class _Round:
             )
         jobs = list(self.in_flight.values())
         self.in_flight.clear()
-        self.pool._restart()
         for job in jobs:
             self._failed(job, error(f"the scoring pool broke down: {reason}"))
+        self.pool._restart()
+
+
+def _marked(job: _Job) -> int | None:
+    """Which of the job's items its worker is, or was, at."""
+    if len(job.positions) == 1:
+        return 0
+    try:
+        return int(job.mark.read_bytes()) if job.mark is not None else None
+    except (OSError, ValueError):
+        return None
 
 
 def _absolute(config: ScorerConfig, root: Path | None) -> ScorerConfig:
@@ -272,7 +306,8 @@ def _absolute(config: ScorerConfig, root: Path | None) -> ScorerConfig:
     return config.model_copy(update={"function": f"{found}:{name}"})
 
 
-def _decided_here(item: Item) -> Verdict | None:
+def decided_unread(item: Item) -> Verdict | None:
+    """The verdict on an item that no verifier is to see."""
     if item.finish_reason == "length":
         return Verdict("truncated", detail="generation stopped at its length limit")
     if len(item.text) > TEXT_CHARS:
@@ -362,7 +397,7 @@ def _load_problems(verifiers: dict[str, ScorerConfig]) -> list[str]:
     return problems
 
 
-def _score_batch(items: list[Item], budget_s: float) -> list[Verdict]:
+def _score_batch(items: list[Item], budget_s: float, timeout_s: float, mark: str) -> list[Verdict]:
     """Verdicts for the first of these items, as many as the budget allows, at least one."""
     leave = os._exit
 
@@ -372,13 +407,28 @@ def _score_batch(items: list[Item], budget_s: float) -> list[Verdict]:
     os._exit = leave_visibly
     until = time.perf_counter() + budget_s
     verdicts: list[Verdict] = []
+    place = os.open(mark, os.O_CREAT | os.O_WRONLY, 0o600)
     try:
-        for item in items:
-            verdicts.append(dispatch.score_item(_verifiers[item.verifier], item))
+        for at, item in enumerate(items):
+            os.pwrite(place, b"%06d" % at, 0)
+            verdicts.append(_score_in_time(item, timeout_s))
             if time.perf_counter() > until:
                 break
     except MemoryError:
         leave(_OUT_OF_MEMORY)
     finally:
         os._exit = leave
+        os.close(place)
     return verdicts
+
+
+def _score_in_time(item: Item, timeout_s: float) -> Verdict:
+    """For `math`, with a clock of processor time that ends the process, whatever sympy is doing."""
+    config = _verifiers[item.verifier]
+    if not isinstance(config, MathScorer):
+        return dispatch.score_item(config, item)
+    signal.setitimer(signal.ITIMER_PROF, timeout_s)
+    try:
+        return dispatch.score_item(config, item)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)

@@ -1,6 +1,6 @@
 -- verdicts.sql
--- grain: one row per rollout of a train prompt of $round, with its verdict; keys and lengths, no token lists.
--- reads: rollouts, scores, round_prompts (the round's train prompts). parameters: $round, $k.
+-- grain: one row per rollout that stands for a train prompt of the round, with its verdict; keys and lengths, no token lists.
+-- reads: rollouts, scores, round_prompts (round_prompts.sql). parameters: $k.
 -- The one join of ids that grading and routing both stand on: made once, sorted, and offered to their queries as `verdicts`.
 select
     r.prompt_id,
@@ -15,5 +15,6 @@ select
     s.correct
 from rollouts as r
 inner join scores as s on s.kind = 'rollout' and s.id = r.rollout_id
-where r.round = $round and r.sample < $k and r.prompt_id in (select prompt_id from round_prompts)
+inner join round_prompts as p on p.prompt_id = r.prompt_id and p.source_round = r.round
+where r.sample < $k
 order by r.prompt_id, r.sample, r.rollout_id

@@ -11,6 +11,7 @@ from pipeline.context import Context
 from pipeline.policy import Renderer
 from pipeline.stage import need
 from pipeline.stages import logprobs
+from pipeline.stages.train import refuse_other_policies
 from pipeline.store import partitions, read_parts
 from schemas.errors import UserError
 
@@ -30,14 +31,9 @@ def audit_logprobs(ctx: Context, round: int, trainer: logprobs.LogProbs) -> Iter
     no shards, or rollouts of another policy than the one it samples.
     """
     need(ctx.run, "shards", {"round": round, "route": "rl"}, command=f"dypo grade {ctx.run} --round {round}")
-    folder, start = ctx.policy_of(round)
-    part = ctx.part("shards", round=round, route="rl")
-    others = set(read_parts(part.files(), "shards", ["policy"]).column("policy").unique().to_pylist()) - {start}
-    if others:
-        raise UserError(
-            f"{part.folder}: its rollouts are of policy {min(others)[:12]}, but the round samples {start[:12]} (the round before was "
-            f"trained again), so they cannot be compared. Run `dypo refresh {ctx.run} --round {round} --regenerate` first"
-        )
+    folder, _ = ctx.policy_of(round)
+    files = ctx.part("shards", round=round, route="rl").files()
+    refuse_other_policies(ctx, round, read_parts(files, "shards", ["source_round", "policy"]))
     logprobs.run(ctx, round, "old", trainer)
     renderer, limit = Renderer(folder), ctx.recipe.train.max_logprob_difference
     for entry in logprobs.differences(ctx, round):

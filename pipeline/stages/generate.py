@@ -1,14 +1,16 @@
 """generate: teacher traces, and k rollouts of the current policy. One work list, one anti-join, any engine.
 
 The engine gets the whole work list and the set of finished samples (engines/base.py); each list that it yields becomes
-one part file. What it could not produce is counted and tried again by the next run.
+one part file. What it could not produce becomes a row of table `failures`, and is tried again by the next run.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,9 @@ import pyarrow.compute as pc
 
 from pipeline.context import Context
 from pipeline.engines.base import Ask, Engine, Failure, Sample, Sampling
+from pipeline.failures import record, settle
 from pipeline.progress import progress
+from pipeline.skips import wanted as not_skipped
 from pipeline.stage import (
     Outcome,
     Spec,
@@ -25,6 +29,7 @@ from pipeline.stage import (
     finish,
     finished,
     found_fingerprint,
+    make_table,
     need,
     nothing,
     parts_of,
@@ -37,9 +42,13 @@ from schemas.ids import row_id, seed_from
 from schemas.recipe import Teacher
 from schemas.tables import ARROW
 
+if TYPE_CHECKING:
+    from pipeline.policy import Renderer
+
 Reference = Callable[[Path], Callable[[list[int], list[int], float], list[float]]]  # folder -> its log-probs
 Messages = list[dict[str, str]]
-RUNNING = ("concurrency", "timeout_s", "retries", "max_failed", "path", "api_key_env", "base_url")
+RUNNING = ("concurrency", "timeout_s", "retries", "max_failed", "path", "api_key_env", "base_url", "budget", "verdict")
+RECORDS = 2  # version of what a replayed row keeps; raised, recorded traces are imported anew
 
 
 # ---------------------------------------------------------------- teachers
@@ -55,6 +64,8 @@ def teacher_spec(ctx: Context, teacher: Teacher) -> Spec:
         if prompts is None:
             raise UserError(f"{ctx.part('prompts').folder}: not there or not finished. Run `dypo ingest {ctx.run}` first")
         parents["prompts"] = prompts.identity
+    if teacher.engine.type == "replay":
+        engine["records"] = RECORDS
     if (content := content_id(teacher)) is not None:
         engine |= {"content": content}
     part = ctx.part("traces", teacher=teacher.name)
@@ -106,8 +117,8 @@ def _teacher(ctx: Context, teacher: Teacher, rows: list[dict[str, Any]], regener
             "text": s.text, "finish_reason": s.finish_reason, "model": s.model, "sampling": s.sampling,
         }  # fmt: skip
 
-    allowed = teacher.engine.max_failed if teacher.engine.type == "openai" else 0.0
-    return _generate(it, work, lambda: teacher_engine(teacher), row, allowed, regenerate)
+    allowed = 0.0 if teacher.engine.type == "replay" else teacher.engine.max_failed
+    return _generate(it, work, lambda: teacher_engine(teacher, parts_of(it)), row, allowed, regenerate)
 
 
 # ---------------------------------------------------------------- rollouts
@@ -138,7 +149,7 @@ def sampling_config(ctx: Context, policy: str, sampling: Sampling) -> dict[str, 
     """The part of a policy engine's settings that its rows depend on."""
     engine = ctx.recipe.rollouts.engine
     config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": engine.type, **vars(sampling)}
-    return config | ({"seeded": engine.seeded} if engine.type == "vllm" else {})
+    return config | ({} if engine.type == "hf" else {"seeded": engine.seeded})
 
 
 def rollout_spec(ctx: Context, round: int) -> Spec:
@@ -148,16 +159,22 @@ def rollout_spec(ctx: Context, round: int) -> Spec:
     return Spec("rollouts", ctx.part("rollouts", round=round), config, {}, ctx.recipe.seed, expensive=True)
 
 
-def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: Reference | None = None) -> Outcome:
-    """k rollouts of the round's policy for each of the round's prompts."""
+def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: Reference | None = None) -> list[Outcome]:
+    """k rollouts of the round's policy for each of the round's prompts, but for those that the recipe lets it skip (skips.py)."""
     r = ctx.recipe.rollouts
     rows = round_prompts(ctx, round)
-    work = asks(rows, r.k, (ctx.recipe.seed, round))
+    samples, outcomes = not_skipped(ctx, round, [row["prompt_id"] for row in rows])
+    drawn = [row for row in rows if row["prompt_id"] in samples]
+    it = rollout_spec(ctx, round)
+    if rows and not drawn:  # stored ones stand for every prompt
+        return [*outcomes, nothing(it) if current(it) else make_table(it, ARROW["rollouts"].empty_table())]
+    work = [replace(ask, samples=tuple(range(samples[ask.prompt_id]))) for ask in asks(drawn, r.k, (ctx.recipe.seed, round))]
     sampling = Sampling(r.temperature, r.top_p, r.max_tokens)
-    return sample_policy(
-        ctx, rollout_spec(ctx, round), work, sampling, ctx.policy_of(round), {"round": round},
-        regenerate=regenerate, reference=reference,
+    made = sample_policy(
+        ctx, it, work, sampling, ctx.policy_of(round), {"round": round},
+        regenerate=regenerate, reference=reference, max_failed=r.max_failed,
     )  # fmt: skip
+    return [*outcomes, made]
 
 
 def sample_policy(
@@ -170,31 +187,33 @@ def sample_policy(
     *,
     regenerate: bool = False,
     reference: Reference | None = None,
+    max_failed: float = 0.0,
 ) -> Outcome:
     """Rollouts of one policy into one partition; training and evaluation both come through here."""
-    from dataclasses import replace
-
     from pipeline.policy import Renderer
 
     folder, policy_id = policy
     renderer = Renderer(folder)
     engine_config = ctx.recipe.rollouts.engine
-    work = [replace(a, prompt_tokens=renderer.prompt_tokens(a.messages)) for a in work]
-    _refuse_long_prompts(folder, work)
+    work, refused = _readable(folder, renderer, work, max_failed)
     by_id = {a.prompt_id: a for a in work}
 
     def engine() -> Engine:
         ctx.verify_policy(folder)
+        if engine_config.type == "hf":
+            from pipeline.engines.hf import HFSampler
+
+            return HFSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer)
+        assert reference is not None, "the command passes the trainer's forward to a vllm engine"
         if engine_config.type == "vllm":
             from pipeline.engines.vllm import VLLMSampler
 
-            assert reference is not None, "the command passes the trainer's forward to a vllm engine"
             return VLLMSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer, reference(folder))
-        from pipeline.engines.hf import HFSampler
+        from pipeline.engines.vllm_server import VLLMServerSampler
 
-        return HFSampler(folder, ctx.recipe.policy, engine_config, sampling, renderer)
+        return VLLMServerSampler(folder, policy_id, ctx.recipe.policy, engine_config, sampling, renderer, reference(folder))
 
-    seeded = engine_config.type != "vllm" or engine_config.seeded
+    seeded = engine_config.type == "hf" or engine_config.seeded
 
     def row(s: Sample) -> dict[str, Any]:
         ask = by_id[s.prompt_id]
@@ -208,7 +227,7 @@ def sample_policy(
             "top_p": sampling.top_p, "seed": seed, **keys,
         }  # fmt: skip
 
-    return _generate(it, work, engine, row, 0.0, regenerate)
+    return _generate(it, work, engine, row, max_failed, regenerate, refused)
 
 
 def stored_logprobs(logprobs: Any, kind: str) -> Any:
@@ -225,20 +244,22 @@ def _generate(
     row: Callable[[Sample], dict[str, Any]],
     max_failed: float,
     regenerate: bool,
+    refused: Sequence[Failure] = (),
 ) -> Outcome:
-    """begin -> anti-join -> engine -> parts -> manifest."""
+    """begin -> anti-join -> engine -> parts -> manifest. `refused`: samples that cannot be asked for."""
     started = time.monotonic()
     if not work:
         raise UserError(f"{it.partition.label}: there is no prompt to generate for")
     wanted = [(a.prompt_id, s) for a in work for s in a.samples]
     restore(it)
     if current(it) and not it.partition.loose(it.fingerprint) and finished(it, ("prompt_id", "sample")) >= set(wanted):
+        settle(it)
         return nothing(it)
     engine = make_engine()  # a bad setting of the engine is told before anything is moved
     before = found_fingerprint(it.partition)
     begin(it, regenerate=regenerate)
     try:
-        return _fill(it, work, wanted, engine, row, max_failed, started)
+        return _fill(it, work, wanted, engine, row, max_failed, started, refused)
     except DypoError:
         put_back(it, before)
         raise
@@ -252,16 +273,17 @@ def _fill(
     row: Callable[[Sample], dict[str, Any]],
     max_failed: float,
     started: float,
+    refused: Sequence[Failure],
 ) -> Outcome:
     """What is missing of `wanted`, from the engine; then the manifest."""
     done = frozenset(finished(it, ("prompt_id", "sample")))
     left = sum(w not in done for w in wanted)
-    failures: list[Failure] = []
+    failures: list[Failure] = list(refused)
     details = ""
-    if left:
+    try:
         with progress(it.partition.label, len(wanted), len(wanted) - left) as bar:
             tokens = 0
-            for batch in engine.run(work, done):
+            for batch in engine.run(work, done) if left else ():
                 failures += [s for s in batch if isinstance(s, Failure)]
                 samples = [s for s in batch if isinstance(s, Sample)]
                 if samples:
@@ -270,7 +292,12 @@ def _fill(
                 tokens += sum(len(s.tokens or ()) for s in samples)
                 rate = f"{tokens / (time.monotonic() - started):,.0f} tok/s" if tokens else ""
                 bar.advance(len(batch), rate)
-        _judge_failures(it, failures, len(wanted), max_failed)
+    except (Exception, KeyboardInterrupt):
+        with suppress(WorkError):  # a full disk, which is what is told already
+            record(it, failures)
+        raise
+    record(it, failures)
+    _judge_failures(it, failures, len(wanted) + len(refused), max_failed)
     if not parts_of(it):
         raise WorkError(f"{it.partition.label}: the engine produced no row at all for {len(wanted)} samples")
     facts: dict[str, Any] = {"note": note} if (note := getattr(engine, "note", "")) else {}
@@ -282,16 +309,34 @@ def _fill(
     return outcome
 
 
-def _refuse_long_prompts(folder: Path, work: list[Ask]) -> None:
-    """UserError if a rendered prompt leaves the policy no room to answer."""
+def _readable(folder: Path, renderer: "Renderer", work: list[Ask], max_failed: float) -> tuple[list[Ask], list[Failure]]:
+    """The work as the policy's token ids, and the samples whose prompt cannot be that: its tokenizer or template refuses
+    it, or it leaves no room for an answer. UserError if they are more than `max_failed` of all.
+    """
     config = json.loads((folder / "config.json").read_text())
     context = config.get("text_config", config).get("max_position_embeddings")
-    long = [a for a in work if context and len(a.prompt_tokens or ()) >= context]
-    if long:
+    asked: list[Ask] = []
+    bad: dict[str, str] = {}
+    for ask in work:
+        try:
+            tokens = renderer.prompt_tokens(ask.messages)
+        except UserError as e:
+            bad[ask.prompt_id] = str(e)
+            continue
+        if context and len(tokens) >= context:
+            text = ask.messages[-1]["content"][:60]
+            bad[ask.prompt_id] = (
+                f"{folder}: a prompt of {len(tokens)} tokens does not fit its context of {context}: {text!r}"
+            )
+        else:
+            asked.append(replace(ask, prompt_tokens=tokens))
+    if len(bad) > max_failed * len(work):
+        prompt_id, why = next(iter(bad.items()))
         raise UserError(
-            f"{folder}: {len(long)} prompts do not fit its context of {context} tokens; the first is {long[0].prompt_id} with "
-            f"{len(long[0].prompt_tokens or ())}: {long[0].messages[-1]['content'][:60]!r}. Remove them from their source"
+            f"{why}\n{len(bad)} of {len(work)} prompts cannot be asked (at most {max_failed:.0%} may); this is {prompt_id}. "
+            "Remove them from their source, or use another policy"
         )
+    return asked, [Failure(a.prompt_id, s, bad[a.prompt_id]) for a in work if a.prompt_id in bad for s in a.samples]
 
 
 def _write(part: Partition, fingerprint: str, rows: list[dict[str, Any]]) -> None:
@@ -303,6 +348,6 @@ def _judge_failures(it: Spec, failures: list[Failure], wanted: int, max_failed: 
         first = failures[0]
         raise WorkError(
             f"{it.partition.label}: {len(failures)} of {wanted} samples failed for good (at most {max_failed:.0%} may). "
-            f"First: prompt {first.prompt_id}, sample {first.sample}: {first.why}. Finished rows are kept; run the same "
-            "command again to try the missing ones"
+            f"First: prompt {first.prompt_id}, sample {first.sample}: {first.why}. Finished rows are kept, and table failures "
+            "has each reason; run the same command again to try the missing ones"
         )

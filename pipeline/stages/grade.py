@@ -6,9 +6,11 @@ shards depend on, and that finished files go to their partitions only when every
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import skips
 from pipeline.context import Context
 from pipeline.grading import Grading, curriculum_text, query_text, scratch
 from pipeline.rows_digest import digest_column
@@ -17,7 +19,13 @@ from pipeline.stages.generate import round_prompt_ids
 from schemas.errors import UserError
 from schemas.ids import digest
 
-MADE_BY = {"prompts": "ingest", "rollouts": "generate", "traces": "generate teachers", "scores": "score"}
+MADE_BY = {
+    "prompts": "ingest",
+    "rollouts": "generate",
+    "skips": "generate",
+    "traces": "generate teachers",
+    "scores": "score",
+}
 
 
 def grade_spec(ctx: Context, round: int) -> Spec:
@@ -43,10 +51,13 @@ def grade_spec(ctx: Context, round: int) -> Spec:
 
 def _inputs(ctx: Context, round: int) -> list[tuple[str, dict[str, Any]]]:
     teachers = [t.name for t in ctx.recipe.teachers]
+    skipped = skips.rows(ctx, round)
+    rounds = sorted({round, *skipped.column("source_round").to_pylist()})
     return [
         ("prompts", {}),
-        ("rollouts", {"round": round}),
-        ("scores", {"kind": "rollout", "round": round}),
+        *((("skips", {"round": round}),) if skipped.num_rows else ()),
+        *(("rollouts", {"round": n}) for n in rounds),
+        *(("scores", {"kind": "rollout", "round": n}) for n in rounds),
         *(("traces", {"teacher": t}) for t in teachers),
         *(("scores", {"kind": "trace", "teacher": t}) for t in teachers),
     ]
@@ -73,6 +84,7 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
 def run(ctx: Context, round: int) -> list[Outcome]:
     """Grades one round and routes it."""
     _need_inputs(ctx, round)
+    _refuse_unreliable_verdicts(ctx, round)
     it = grade_spec(ctx, round)
     restore(it)
     if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):
@@ -89,12 +101,12 @@ def run(ctx: Context, round: int) -> list[Outcome]:
         return [graded, *_route(routes, grading)]
 
 
-def grade_now(ctx: Context, round: int, folder: Path) -> tuple[list[Path], Path]:
+def grade_now(ctx: Context, round: int, folder: Path, scores: Sequence[Path] = ()) -> tuple[list[Path], Path]:
     """Grades and lengths of the routed sequences (sql/what_if/lengths.sql) as the context's recipe makes them from what is
-    stored: Parquet files in `folder`, nothing in the run."""
+    stored: Parquet files in `folder`, nothing in the run. `scores`: as Grading has them."""
     _need_inputs(ctx, round)
     folder.mkdir()
-    grading = Grading(ctx, round, folder)
+    grading = Grading(ctx, round, folder, scores)
     grades = grading.grades("")
     grading.route()
     return grades, grading.lengths()
@@ -104,6 +116,29 @@ def _need_inputs(ctx: Context, round: int) -> None:
     for table, keys in _inputs(ctx, round):
         with_round = f" --round {round}" if "round" in keys else ""
         need(ctx.run, table, keys, command=f"dypo {MADE_BY[table]} {ctx.run}{with_round}")
+
+
+def _refuse_unreliable_verdicts(ctx: Context, round: int) -> None:
+    """UserError where so many verdicts failed, or so many rollouts were cut, that grades would say more of that than of the policy."""
+    limits = ctx.recipe.score
+    for part in (ctx.part(table, **keys) for table, keys in _inputs(ctx, round) if table == "scores"):
+        manifest = part.manifest()
+        assert manifest is not None
+        statuses, rows = manifest.facts["statuses"], manifest.rows
+        failed, cut = statuses.get("timeout", 0) + statuses.get("error", 0), statuses.get("truncated", 0)
+        if failed > limits.max_failed * rows:
+            raise UserError(
+                f"{part.label}: {failed} of {rows} verdicts are timeout or error, more than score.max_failed = {limits.max_failed}; grades "
+                f'would rest on the others. See `dypo sql {ctx.run} "select status, detail, count(*) from scores group by all"`; mend the '
+                "verifier or raise score.timeout_s and run `dypo score` again, or raise score.max_failed"
+            )
+        if part.label.startswith("scores/kind=rollout") and cut > limits.max_truncated * rows:
+            raise UserError(
+                f"{part.label}: {cut} of {rows} rollouts were cut at rollouts.max_tokens = {ctx.recipe.rollouts.max_tokens}, more than "
+                f"score.max_truncated = {limits.max_truncated}; a cut rollout counts as wrong, so prompts would be graded hard for their "
+                "length. Raise rollouts.max_tokens and generate again, sample a policy that ends its answers, or, if they are to count as "
+                "wrong, raise score.max_truncated"
+            )
 
 
 def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:

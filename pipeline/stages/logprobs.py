@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.context import Context
 from pipeline.progress import progress
@@ -31,9 +32,11 @@ class LogProbs(Protocol):
     ) -> Iterator[pa.Table]: ...
 
 
-def policy(ctx: Context, round: int, role: Role) -> tuple[Path, str]:
-    """Folder and content id of a role's policy in a round."""
-    return ctx.policy_of(round) if role == "old" else (ctx.recipe.policy.model, ctx.base_policy)
+def policies(ctx: Context, round: int, role: Role) -> dict[int, tuple[Path, str]]:
+    """Folder and content id of a role's policy, by the round that the rows were sampled in (reused ones are of older rounds)."""
+    parts = ctx.part("shards", round=round, route="rl").files()
+    rounds = sorted(set(read_parts(parts, "shards", ["source_round"]).column("source_round").to_pylist())) or [round]
+    return {n: ctx.policy_of(n) if role == "old" else (ctx.recipe.policy.model, ctx.base_policy) for n in rounds}
 
 
 def spec(ctx: Context, round: int, role: Role) -> Spec:
@@ -42,7 +45,8 @@ def spec(ctx: Context, round: int, role: Role) -> Spec:
     rl = shards.manifest()
     if rl is None:
         raise UserError(f"{shards.folder}: not there or not finished. Run `dypo grade {ctx.run} --round {round}` first")
-    config = {"model": policy(ctx, round, role)[1], "dtype": ctx.recipe.policy.dtype}
+    models = sorted({model for _, model in policies(ctx, round, role).values()})
+    config = {"model": " ".join(models), "dtype": ctx.recipe.policy.dtype}
     return Spec("logprobs", ctx.part("logprobs", round=round, role=role), config, {shards.label: rl.identity})
 
 
@@ -56,17 +60,17 @@ def run(ctx: Context, round: int, role: Role, trainer: LogProbs) -> Outcome:
     left = rl.num_rows - len(done)
     if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
         return nothing(it)
-    folder, model = policy(ctx, round, role)
-    ctx.verify_policy(folder)
-    constant = {"round": round, "role": role, "model": model}
     it.partition.folder.mkdir(parents=True, exist_ok=True)
     with progress(it.partition.label, rl.num_rows, len(done)) as bar:
-        batches = trainer.reference_logprobs(  # planned from all rows, so that a resumed stage computes the same batches
-            folder, rl, ctx.recipe.policy, ctx.recipe.train.micro_batch_tokens, finished=frozenset(done)
-        )
-        for got in batches if left else ():
-            it.partition.write(_as_rows(got, constant), it.fingerprint)
-            bar.advance(got.num_rows)
+        for source_round, (folder, model) in policies(ctx, round, role).items() if left else ():
+            ctx.verify_policy(folder)
+            batches = trainer.reference_logprobs(  # planned from all rows, so that a resumed stage computes the same batches
+                folder, rl.filter(pc.field("source_round") == source_round), ctx.recipe.policy,
+                ctx.recipe.train.micro_batch_tokens, finished=frozenset(done),
+            )  # fmt: skip
+            for got in batches:
+                it.partition.write(_as_rows(got, {"round": round, "role": role, "model": model}), it.fingerprint)
+                bar.advance(got.num_rows)
     return finish(it, started=started)
 
 

@@ -3,6 +3,9 @@
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import polars as pl
@@ -10,17 +13,21 @@ import pyarrow as pa
 
 from pipeline.context import Context
 from pipeline.progress import progress
-from pipeline.scorers import Item, VerdictPool
+from pipeline.scorers import Item, Verdict, VerdictPool, judge, recorded
 from pipeline.scorers import version as scorer_version
+from pipeline.scorers.pool import decided_unread
 from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome, Spec, begin, counts, current, finish, need, nothing, parts_of, set_aside
 from pipeline.store import Partition, read_parts
 from schemas.errors import UserError, WorkError
 from schemas.ids import text_sha
-from schemas.scorers import ScorerConfig, UserScorer
+from schemas.recipe import ReplayEngine
+from schemas.scorers import JudgeScorer, ScorerConfig, UserScorer
 from schemas.tables import ARROW
 
 BATCH = 2048  # rows in one part file, and so what a kill can cost
+ASKED = 256  # the same, of verdicts that a judge was asked for
+RUNNING = {"base_url", "api_key_env", "concurrency", "timeout_s", "retries"}  # of a judge: how it is asked, not what
 
 
 def spec(ctx: Context, kind: str, source: Partition) -> Spec:
@@ -30,14 +37,22 @@ def spec(ctx: Context, kind: str, source: Partition) -> Spec:
     if manifest is None or prompts is None:
         raise UserError(f"{source.folder}: not there or not finished; nothing to score")
     verifiers = {
-        name: {**v.model_dump(mode="json"), "version": scorer_version(v), **_code(v)}
+        name: {**v.model_dump(mode="json", exclude=RUNNING), "version": scorer_version(v), **_code(v)}
         for name, v in sorted(ctx.recipe.score.verifiers.items())
     }
     part, limits = ctx.part("scores", kind=kind, **dict(source.keys)), ctx.recipe.score
     parents = {source.label: manifest.fingerprint, "prompts": prompts.identity}
-    return Spec(
-        "score", part, {"verifiers": verifiers, "timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}, parents, 0
-    )
+    config: dict[str, Any] = {"verifiers": verifiers, "timeout_s": limits.timeout_s, "memory_mb": limits.memory_mb}
+    if (column := _recorded(ctx, kind, source)) is not None:
+        config["recorded"] = column
+    return Spec("score", part, config, parents, 0)
+
+
+def _recorded(ctx: Context, kind: str, source: Partition) -> str | None:
+    """The recorded column that judges these traces, if their teacher's recipe names one."""
+    name = dict(source.keys).get("teacher")
+    engines = [t.engine for t in ctx.recipe.teachers if kind == "trace" and t.name == name]
+    return next((e.verdict for e in engines if isinstance(e, ReplayEngine)), None)
 
 
 def _code(verifier: ScorerConfig) -> dict[str, str]:
@@ -49,37 +64,100 @@ def _code(verifier: ScorerConfig) -> dict[str, str]:
 
 def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
     """Scores some partitions, given with their kind. One pool serves them all and starts only when there is work."""
-    pool: VerdictPool | None = None
     outcomes = []
-    try:
+    with ExitStack() as stack:
+        workers = Workers(ctx, stack)
         for kind, source in sources:
-            started = time.monotonic()
             need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
             it = spec(ctx, kind, source)
+            _refuse_unrecorded(ctx, kind, source)
             begin(it)
             if (found := it.partition.manifest()) and _too_many_failed(ctx, found.failed, found.rows):
                 set_aside(it)  # the user has mended something: judge anew
-            done = _verdicts(it)
-            now = pl.concat([f.select("id", "text_sha") for f in _judgeable(ctx, kind, source)])
-            if done.join(now, on=["id", "text_sha"], how="anti").height:
-                set_aside(it)  # verdicts on rows that are gone, or whose text was written anew
-                done = done.clear()
-            left = now.height - done.height
-            if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
-                outcomes.append(nothing(it))
-                continue
-            if left and pool is None:
-                s = ctx.recipe.score
-                pool = VerdictPool(s.verifiers, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb).__enter__()
-            if left and pool is not None:
-                _score(ctx, it, kind, source, done, left, pool)
-            outcomes.append(_finish(it, started))
-    finally:
-        if pool is not None:
-            pool.__exit__(None, None, None)
+            outcomes.append(_judged(ctx, it, kind, source, workers))
     for outcome in outcomes:
         _refuse_a_broken_verifier(ctx, outcome)
     return outcomes
+
+
+def aside(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Spec]:
+    """The verdicts that `run` would come to, with `scores` left as it is: those that are not there yet are judged into the
+    folder of superseded partitions from which `run` brings them back.
+    """
+    specs = []
+    with ExitStack() as stack:
+        workers = Workers(ctx, stack)
+        for kind, source in sources:
+            need(ctx.run, source.table, dict(source.keys), command=f"dypo generate {ctx.run}")
+            it = spec(ctx, kind, source)
+            _refuse_unrecorded(ctx, kind, source)
+            if not current(it):
+                it = replace(it, partition=kept_under(it.partition, it.fingerprint))
+                it.partition.remove_temporary()
+                _judged(ctx, it, kind, source, workers)
+            specs.append(it)
+    return specs
+
+
+def kept_under(part: Partition, fingerprint: str) -> Partition:
+    """The superseded partition of this fingerprint, whether it is there or not."""
+    return Partition(part.run / "superseded" / "score" / fingerprint[:16], part.table, part.keys)
+
+
+class Workers:
+    """Who judges, each there from the first use on: the pool, and what judges have said so far in this run."""
+
+    def __init__(self, ctx: Context, stack: ExitStack) -> None:
+        self._ctx, self._stack = ctx, stack
+
+    @cached_property
+    def pool(self) -> VerdictPool:
+        s = self._ctx.recipe.score
+        verifiers = {name: each for name, each in s.verifiers.items() if not isinstance(each, JudgeScorer)}
+        return self._stack.enter_context(
+            VerdictPool(verifiers, workers=s.workers, timeout_s=s.timeout_s, memory_mb=s.memory_mb)
+        )
+
+    @cached_property
+    def memory(self) -> judge.Memory:
+        found: judge.Memory = {}
+        for folder in ("superseded/score", "scores"):
+            for path in sorted((self._ctx.run / folder).glob("**/part-*.parquet")):
+                found |= judge.remembered(read_parts([path], "scores", ["status", "reward", "detail"]).to_pydict())
+        return found
+
+
+def _judged(ctx: Context, it: Spec, kind: str, source: Partition, workers: Workers) -> Outcome:
+    """Judges what has no verdict in the spec's partition yet."""
+    started = time.monotonic()
+    done = _verdicts(it)
+    now = pl.concat([f.select("id", "text_sha") for f in _judgeable(ctx, kind, source)])
+    if done.join(now, on=["id", "text_sha"], how="anti").height:
+        set_aside(it)  # verdicts on rows that are gone, or whose text was written anew
+        done = done.clear()
+    left = now.height - done.height
+    if left == 0 and current(it) and not it.partition.loose(it.fingerprint):
+        return nothing(it)
+    if left:
+        _score(ctx, it, kind, source, done, left, workers)
+    return _finish(it, started)
+
+
+def _refuse_unrecorded(ctx: Context, kind: str, source: Partition) -> None:
+    """UserError if the recorded column that is to judge traces stands in none of them."""
+    if (column := _recorded(ctx, kind, source)) is None:
+        return
+    seen: set[str] = set()
+    for path in source.files():
+        for sampling in read_parts([path], source.table, ["sampling"]).column("sampling").to_pylist():
+            seen |= recorded.columns(sampling)
+            if column in seen:
+                return
+    name = dict(source.keys)["teacher"]
+    raise UserError(
+        f"teachers.{name}.engine.verdict = '{column}': none of its traces has it. Recorded of them: "
+        f"{', '.join(sorted(seen)) or 'nothing'}. Name one of those, or leave `verdict` out to have the traces verified"
+    )
 
 
 def _verdicts(it: Spec) -> pl.DataFrame:
@@ -94,34 +172,84 @@ def _judgeable(ctx: Context, kind: str, source: Partition) -> Iterator[pl.DataFr
     id_column = "trace_id" if kind == "trace" else "rollout_id"
     prompts = pl.from_arrow(read_parts(ctx.part("prompts").files(), "prompts").drop_columns(["split"]))
     assert isinstance(prompts, pl.DataFrame)
-    for path in source.files():
-        rows = pl.from_arrow(read_parts([path], source.table, [id_column, "prompt_id", "text", "finish_reason"]))
+    for paths in [[path] for path in source.files()] or [[]]:  # an empty table has rows of no part
+        columns = [id_column, "prompt_id", "text", "finish_reason", *(["sampling"] if kind == "trace" else [])]
+        rows = pl.from_arrow(read_parts(paths, source.table, columns))
         assert isinstance(rows, pl.DataFrame)
         shas = pl.Series("text_sha", [text_sha(t) for t in rows["text"]], dtype=pl.String)
         yield rows.rename({id_column: "id"}).with_columns(shas).join(prompts, on="prompt_id", maintain_order="left")
 
 
-def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, pool: VerdictPool) -> None:
+def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, workers: Workers) -> None:
     """Judges what the anti-join leaves."""
     keys = {"kind": kind, "round": None, "step": None, "suite": None, "teacher": None, **dict(source.keys)}
+    column = _recorded(ctx, kind, source)
     with progress(it.partition.label, done.height + left, done.height) as bar:
         for judgeable in _judgeable(ctx, kind, source):
             todo = judgeable.join(done, on=["id", "text_sha"], how="anti", maintain_order="left")
             for batch in todo.iter_slices(BATCH):
                 items = [_item(row) for row in batch.iter_rows(named=True)]
-                rows = [
-                    {
-                        **keys, "id": item.id, "prompt_id": prompt_id, "text_sha": sha, "status": v.status, "reward": v.reward,
-                        "correct": v.correct, "extracted": v.extracted, "verifier": item.verifier,
-                        "verifier_version": scorer_version(ctx.recipe.score.verifiers[item.verifier]),
-                        "elapsed_ms": v.elapsed_ms, "detail": v.detail,
-                    }
-                    for prompt_id, sha, item, v in zip(
-                        batch["prompt_id"], batch["text_sha"], items, pool.score(items), strict=True
-                    )
-                ]  # fmt: skip
-                it.partition.write(pa.Table.from_pylist(rows, schema=ARROW["scores"]), it.fingerprint)
-                bar.advance(len(rows))
+                taken = _taken(batch, column)
+                for found in _verdicts_on(ctx, items, taken, workers):
+                    rows = [
+                        {
+                            **keys, "id": items[at].id, "prompt_id": batch["prompt_id"][at], "text_sha": batch["text_sha"][at],
+                            "status": v.status, "reward": v.reward, "correct": v.correct, "extracted": v.extracted,
+                            "verifier": items[at].verifier if taken[at] is None else f"recorded.{column}",
+                            "verifier_version": scorer_version(ctx.recipe.score.verifiers[items[at].verifier])
+                            if taken[at] is None else recorded.VERSION,
+                            "elapsed_ms": v.elapsed_ms, "detail": v.detail,
+                        }
+                        for at, v in found
+                    ]  # fmt: skip
+                    it.partition.write(pa.Table.from_pylist(rows, schema=ARROW["scores"]), it.fingerprint)
+                    bar.advance(len(rows))
+
+
+def _verdicts_on(
+    ctx: Context, items: list[Item], taken: list[Verdict | None], workers: Workers
+) -> Iterator[list[tuple[int, Verdict]]]:
+    """(position, verdict) of every item, in lists that are each worth a part: what is recorded and the pool's at once, a judge's
+    as they come."""
+    by_judge: dict[str, list[int]] = {}
+    for_pool = []
+    for at, item in enumerate(items):
+        if taken[at] is not None:
+            continue
+        asked = isinstance(ctx.recipe.score.verifiers.get(item.verifier), JudgeScorer)
+        (by_judge.setdefault(item.verifier, []) if asked else for_pool).append(at)
+    pooled = workers.pool.score([items[at] for at in for_pool]) if for_pool else []
+    found = dict(zip(for_pool, pooled, strict=True)) | {
+        at: verdict for at, verdict in enumerate(taken) if verdict is not None
+    }
+    if found:
+        yield sorted(found.items())
+    for name, positions in by_judge.items():
+        config = ctx.recipe.score.verifiers[name]
+        assert isinstance(config, JudgeScorer)
+        unread = [(at, verdict) for at in positions if (verdict := decided_unread(items[at])) is not None]
+        left = sorted(set(positions) - {at for at, _ in unread})
+        kept = unread
+        try:
+            for said in judge.judge(name, config, [items[at] for at in left], workers.memory):
+                kept += [(left[at], verdict) for at, verdict in said]
+                if len(kept) >= ASKED:
+                    full, kept = kept, []
+                    yield full
+        except (WorkError, KeyboardInterrupt):
+            if kept:
+                yield kept
+            raise
+        if kept:
+            yield kept
+
+
+def _taken(batch: pl.DataFrame, column: str | None) -> list[Verdict | None]:
+    """The recorded verdicts of traces that are whole; None where the verifier is to judge."""
+    if column is None:
+        return [None] * batch.height
+    pairs = zip(batch["sampling"], batch["finish_reason"], strict=True)
+    return [recorded.verdict(sampling, column) if reason == "stop" else None for sampling, reason in pairs]
 
 
 def _item(row: dict[str, Any]) -> Item:

@@ -97,8 +97,8 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
         need(ctx.run, "shards", {"round": round, "route": route}, command=f"dypo grade {ctx.run} --round {round}")
     it = spec(ctx, round)
     shards = read_shards(ctx, round)
-    folder, start = ctx.policy_of(round)
-    refuse_shards(ctx, round, shards, start, empty_ok)
+    folder, _ = ctx.policy_of(round)
+    refuse_shards(ctx, round, shards, empty_ok)
     if not current(it):
         logprobs.refuse(ctx, round)
     _make_room(ctx, it, regenerate)
@@ -167,21 +167,27 @@ def job(sink: "RunSink", start: Path, shards: pa.Table, stored: dict[str, pa.Tab
     )  # fmt: skip
 
 
-def refuse_shards(ctx: Context, round: int, shards: pa.Table, start: str, empty_ok: bool) -> None:
-    """UserError if there is nothing to train on, or the rows were sampled by another policy than the round begins with."""
+def refuse_shards(ctx: Context, round: int, shards: pa.Table, empty_ok: bool) -> None:
+    """UserError if there is nothing to train on, or rows are of another policy than their round begins with."""
     if shards.num_rows == 0 and not empty_ok:
         grades = ctx.part("grades", round=round).manifest()
         raise UserError(
             f"{ctx.run}/shards/round={round}: no row to train on: {grades.facts if grades else 'no grades'}. Easier or harder "
             "prompts, more rollouts (rollouts.k) or traces for the Hard ones would give some"
         )
-    others = set(shards.column("policy").unique().to_pylist()) - {start}
-    if others:
-        why = "the round before was trained again" if round else "policy.model is another one now"
-        raise UserError(
-            f"{ctx.run}/shards/round={round}: its rollouts are of policy {min(others)[:12]}, but the round begins with "
-            f"{start[:12]} ({why}). Run `dypo refresh {ctx.run} --round {round} --regenerate` first"
-        )
+    refuse_other_policies(ctx, round, shards)
+
+
+def refuse_other_policies(ctx: Context, round: int, shards: pa.Table) -> None:
+    """UserError if rows were sampled by another policy than the one their round, as it is now, begins with."""
+    pairs = shards.select(["source_round", "policy"]).group_by(["source_round", "policy"]).aggregate([]).to_pylist()
+    for sampled, found in sorted((row["source_round"], row["policy"]) for row in pairs):
+        if found != (start := ctx.policy_of(sampled)[1]):
+            why = "the round before was trained again" if sampled else "policy.model is another one now"
+            raise UserError(
+                f"{ctx.run}/shards/round={round}: its rollouts of round {sampled} are of policy {found[:12]}, but that round begins with "
+                f"{start[:12]} ({why}). Run `dypo refresh {ctx.run} --round {sampled} --regenerate` first"
+            )
 
 
 def _whole(ctx: Context, it: Spec) -> bool:

@@ -72,12 +72,14 @@ def sql(run: Path, out: Path) -> Answer:
         f"temp_directory = '{out}/spill'", "preserve_insertion_order = false", "enable_external_file_cache = false",
     ):  # fmt: skip
         con.execute(f"set {setting}")
-    con.execute("create view round_prompts as select prompt_id from prompts")
+    con.execute(
+        "create view round_prompts as select prompt_id, 0 as source_round, null::varchar as decided, false as stale from prompts"
+    )
     con.execute(
         "create view fitting_traces as select *, [0] as prompt_tokens, [0] as tokens, 0 as n_tokens, 0e0 as reward from traces"
     )
     for name, made, parameters, options in (
-        ("verdicts", "verdicts", {"round": 0, "k": K}, "union_by_name=true"),
+        ("verdicts", "verdicts", {"k": K}, "union_by_name=true"),
         ("grade", "grades", {
             "round": 0, "k": K, "hard_max_successes": 0, "easy_max_failures": 0, "max_tokens": 8192, "unjudged_to_routes": False,
         }, "union_by_name=true"),

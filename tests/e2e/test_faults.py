@@ -219,6 +219,24 @@ def test_a_verifier_that_fails_too_often_stops_the_stage_and_keeps_the_rows(a_co
     assert "verdicts are timeout or error" in told
     kept = table(a_copy, "scores").filter(pl.col("round") == 0, pl.col("kind") == "rollout")
     assert set(kept["status"]) == {"error", "truncated"}
+    before = table(a_copy, "grades")
+    told = refused("grade", a_copy, "--round", 0)
+    assert "verdicts are timeout or error, more than score.max_failed = 0.1" in told
+    assert "mend the verifier or raise score.timeout_s" in told
+    assert table(a_copy, "grades").equals(before)
+    dypo("grade", a_copy, "--round", 0, "--set", "score.max_failed=1.0")
+    assert set(table(a_copy, "grades").filter(pl.col("round") == 0)["reason"]) == {"unjudged"}
+
+
+def test_rollouts_cut_at_their_length_limit_are_not_graded_past_a_share(a_copy: Path) -> None:
+    mine = table(a_copy, "scores").filter(pl.col("round") == 0, pl.col("kind") == "rollout")
+    cut = mine.filter(pl.col("status") == "truncated").height
+    assert cut > 0
+    told = refused("grade", a_copy, "--round", 0, "--set", f"score.max_truncated={(cut - 0.5) / mine.height}")
+    assert f"{cut} of {mine.height} rollouts were cut at rollouts.max_tokens = 64" in told
+    assert "Raise rollouts.max_tokens and generate again" in told
+    said = dypo("grade", a_copy, "--round", 0, "--set", f"score.max_truncated={cut / mine.height}").stdout
+    assert "nothing" in said  # the share is no part of what grades are made of
 
 
 def test_a_chat_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
@@ -236,18 +254,68 @@ def test_an_unknown_key_is_refused_by_the_command(tmp_path: Path) -> None:
     assert "no entry 'nobody'" in refused("plan", write_recipe(tmp_path), "--set", "teachers.nobody.samples=2")
 
 
-def test_a_full_disk_stops_the_stage_with_exit_code_1_and_the_rest_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+def with_poison(tmp_path: Path, *poison: str) -> Path:
+    """60 good train prompts and some bad ones."""
+    good = [json.loads(line) for line in (ROOT / "data/tiny/train.jsonl").read_text().splitlines()[:60]]
+    path = source(tmp_path, [*good, *({"prompt": p, "answer": "1"} for p in poison)])
+    path.write_text(path.read_text().replace("limit = 60", "limit = 100").replace("prompts_per_round = 40\n", ""))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("poison", "why"), [("8+é", "its tokenizer cannot encode"), ("1+" * 100 + "1", "does not fit its context of 128")]
+)
+def test_a_prompt_that_the_policy_cannot_read_is_a_row_and_the_rest_is_trained_on(
+    poison: str, why: str, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from pipeline.tiny import left\n"
+        "def teach(prompt, rng):\n"
+        "    if len(prompt) > 100 or '\u00e9' in prompt: raise ValueError('I cannot read this')\n"
+        "    return left(prompt, rng)\n"
+    )
+    path, run = with_poison(tmp_path, poison), tmp_path / "run"
+    for name in ("tiny.left", "tiny.noisy"):
+        path.write_text(path.read_text().replace(f'program = "{name}"', f'program = "{mine}:teach"'))
+    for stage in ("ingest", "generate", "score", "grade"):
+        dypo(stage, path)
+    bad = table(run, "prompts").filter(pl.col("messages").list.last().struct.field("content") == poison)["prompt_id"][0]
+    failures = table(run, "failures")
+    assert set(failures["prompt_id"]) == {bad}
+    assert failures.group_by("stage").len().sort("stage").rows() == [("rollouts", 4), ("teachers", 3)]
+    assert all(why in w for w in failures.filter(pl.col("stage") == "rollouts")["why"])
+    assert all("ValueError: I cannot read this" in w for w in failures.filter(pl.col("stage") == "teachers")["why"])
+    assert table(run, "grades").height == 60
+    assert bad not in table(run, "grades")["prompt_id"].to_list()
+    assert "nothing to do" in dypo("generate", "rollouts", run).stdout
+    assert table(run, "failures").equals(failures)
+
+
+def test_too_many_prompts_that_the_policy_cannot_read_are_refused_before_any_work(tmp_path: Path) -> None:
+    path = with_poison(tmp_path, "8+é", "9+é")
+    dypo("ingest", path)
+    told = refused("generate", "rollouts", path)
+    assert "2 of 62 prompts cannot be asked (at most 2% may)" in told
+    assert not (tmp_path / "run/rollouts").exists()
+
+
+@pytest.mark.parametrize(("what", "name", "limit"), [("rollouts", "rollouts", 6000), ("teachers", "traces", 3000)])
+def test_a_full_disk_stops_the_stage_with_exit_code_1_and_the_rest_goes_on(
+    what: str, name: str, limit: int, tmp_path: Path, undisturbed: Path
+) -> None:
     """The operating system's limit on a file's size stands in for the disk: small parts fit, then none does."""
     path = write_recipe(tmp_path)
     dypo("ingest", path)
-    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); "
-    code += f"import sys; sys.argv = ['dypo', 'generate', 'rollouts', {str(path)!r}]; from pipeline.cli import main; main()"
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import sys; "
+    code += f"sys.argv = ['dypo', 'generate', {what!r}, {str(path)!r}]; from pipeline.cli import main; main()"
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert got.returncode == 1, got.stderr
     assert "could not be written" in got.stderr
-    dypo("generate", "rollouts", path)
-    mine, other = table(tmp_path / "run", "rollouts"), table(undisturbed, "rollouts")
-    assert mine.equals(other.filter(other["round"] == 0))
+    dypo("generate", what, path)
+    mine, other = table(tmp_path / "run", name), table(undisturbed, name)
+    assert mine.equals(other.filter(pl.col("round") == 0) if what == "rollouts" else other)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)

@@ -32,17 +32,16 @@ class Run(NamedTuple):
     refusal: str
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_policy(path: Path, seed: int = 0, *, tied: bool = True, context: int = 128) -> Path:
+    """A random policy over the tiny alphabet."""
     torch = pytest.importorskip("torch")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    path = tmp_path_factory.mktemp("policy")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(CHARS), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=256, max_position_embeddings=128, initializer_range=0.2, tie_word_embeddings=True,
+        intermediate_size=256, max_position_embeddings=context, initializer_range=0.2, tie_word_embeddings=tied,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
@@ -56,8 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> Run:
-    pytest.importorskip("vllm", reason="needs the second environment: make venv-vllm")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def forward_of(folder: Path) -> Any:
+    """(prompt_tokens, tokens, temperature) -> log-probs, by transformers' plain forward."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -68,6 +71,14 @@ def run(folder: Path) -> Run:
             logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         logps = (logits / temperature).log_softmax(-1)
         return [logps[t, token].item() for t, token in enumerate(tokens)]
+
+    return reference
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    pytest.importorskip("vllm", reason="needs the second environment: make venv-vllm")
+    reference = forward_of(folder)
 
     def at_another_temperature(prompt: list[int], tokens: list[int], temperature: float) -> list[float]:
         return reference(prompt, tokens, temperature * 1.5)

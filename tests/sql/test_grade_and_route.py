@@ -55,11 +55,12 @@ def database(tables: dict[str, list[dict]], traces: list[dict], k: object = 4) -
         con.register(f"{name}_in", rows)
         con.execute(f"create table {name} as select * from {name}_in")
     asked = tables.get("prompts") or tables.get("rollouts", [])
-    con.register("asked", pa.table({"prompt_id": pa.array(sorted({r["prompt_id"] for r in asked}), pa.string())}))
-    con.execute("create table round_prompts as select * from asked")
+    con.register("drawn", pa.table({"prompt_id": pa.array(sorted({r["prompt_id"] for r in asked}), pa.string())}))
+    con.register("skipped", pa.Table.from_pylist(tables.get("skips", []), schema=ARROW["skips"]))
+    con.execute(f"create table round_prompts as {sql('round_prompts')}", {"round": 0})
     con.register("fitting_in", pa.Table.from_pylist(traces, schema=FITTING))
     con.execute("create table fitting_traces as select * from fitting_in")
-    con.execute(f"create table verdicts as {sql('verdicts')}", {"round": 0, "k": k})
+    con.execute(f"create table verdicts as {sql('verdicts')}", {"k": k})
     return con
 
 

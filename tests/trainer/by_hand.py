@@ -44,6 +44,8 @@ def is_masked(row: dict, method: DypoMethod) -> bool:
 
 def pairs_of(group: Sequence[dict], method: DypoMethod) -> list[tuple[dict, dict]]:
     left = [row for row in group if not is_masked(row, method)]
+    if method.gal.pairs == "reward":
+        return [(s, f) for s in left for f in left if s["reward"] > f["reward"]]
     return [(s, f) for s in left for f in left if s["correct"] and not f["correct"]]
 
 

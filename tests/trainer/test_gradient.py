@@ -28,6 +28,7 @@ METHODS = {
     "official": {"preset": "official"},
     "old_reference": {"gal": {"ref": "old"}},
     "no_reference_sums": {"gal": {"ref": "none", "logp_reduction": "sum", "beta": 0.1}, "sft_reduction": "prompt"},
+    "graded_pairs": {"gal": {"pairs": "reward"}},
     "grpo_only": {"alpha": 1.0},
     "gal_only": {"alpha": 0.0, "gamma": 0.0},
     "weights": {"alpha": 0.3, "gamma": 2.0, "grpo": {"clip_low": 0.1, "clip_high": 0.4}},
@@ -60,7 +61,7 @@ def units_of(*, hard: int = 3, mid: int = 3, k: int = 4, seed: int = 0, name: st
 
 def units_from(table: pa.Table, ref: pa.Table, method: DypoMethod) -> list[Unit]:
     old = make_old(table) if method.grpo.old == "trainer" else None
-    shards = Shards(table, ref, old, mask_truncated=method.grpo.mask_truncated)
+    shards = Shards(table, ref, old, mask_truncated=method.grpo.mask_truncated, pairs=method.gal.pairs)
     units: dict[str, list[tuple[str, str]]] = {}
     for row in table.to_pylist():
         units.setdefault(row["prompt_id"], []).append((row["route"], row["item_id"]))
@@ -91,7 +92,8 @@ def logps_alone(model: LlamaForCausalLM, row: Row) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_mixture_equals_the_formula_written_out_row_by_row_from_the_tables(name: str) -> None:
-    """Also where rewards are shaped: GAL's pairs are right against wrong, whatever the reward and the advantage say."""
+    """Also where rewards are shaped: GAL's pairs are right against wrong, whatever the reward and the advantage say, unless
+    the recipe wants them by reward."""
     table = shaped(make_shards(hard=3, mid=3, teachers=1, traces=1))
     ref, method = make_ref(table), method_of(name)
     rows, units = by_hand.with_old(table.to_pylist(), make_old(table)), units_from(table, ref, method)

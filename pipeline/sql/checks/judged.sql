@@ -1,10 +1,11 @@
 -- checks/judged.sql
--- grain: one row: rollouts that are to be graded in $round, and verdicts made of them. Equal numbers = pass.
--- reads: rollouts, round_prompts, verdicts. parameters: $round, $k.
+-- grain: one row: rollouts that are to be graded, and verdicts made of them. Equal numbers = pass.
+-- reads: rollouts, round_prompts, verdicts. parameters: $k.
 select
     (
         select count(*)
-        from rollouts
-        where round = $round and sample < $k and prompt_id in (select prompt_id from round_prompts)
+        from rollouts as r
+        inner join round_prompts as p on p.prompt_id = r.prompt_id and p.source_round = r.round
+        where r.sample < $k
     ) as rollouts,
     (select count(*) from verdicts) as verdicts

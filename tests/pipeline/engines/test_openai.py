@@ -15,23 +15,40 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline.engines import openai as engine_module
 from pipeline.engines.base import Ask, Failure, Sample
 from pipeline.engines.openai import OpenAITeacher
+from pipeline.engines.spending import Usage, stored_usage
 from pipeline.engines.teachers import content_id, teacher_engine
+from pipeline.store import partition
 from schemas.errors import UserError, WorkError
 from schemas.ids import seed_from
 from schemas.recipe import OpenAIEngine, Teacher
+from schemas.tables import ARROW
 
 KEY = "sk-very-secret-0123456789"
 Answer = tuple[int, dict[str, str], bytes]
 
 
 def chat(text: Any = "so 42", finish: Any = "stop", **message: Any) -> Answer:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
-    return 200, {}, json.dumps({"id": "x", "model": "served-model", "choices": [choice]}).encode()
+    return choices([choice(text, finish, **message)])
+
+
+def choice(text: Any = "so 42", finish: Any = "stop", **message: Any) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
+
+
+def choices(some: list[dict[str, Any]], **more: Any) -> Answer:
+    return 200, {}, json.dumps({"id": "x", "model": "served-model", "choices": some, **more}).encode()
+
+
+def costly(body: dict[str, Any], prompt: int, completion: int) -> Answer:
+    """A reply with as many choices as were asked for, and what it used."""
+    texts = [choice(f"{body['messages'][-1]['content']} {i}") for i in range(body.get("n", 1))]
+    return choices(texts, usage={"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": 0})
 
 
 def refusal(status: int, message: str = "no", **headers: str) -> Answer:
@@ -72,7 +89,8 @@ class Server:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(body)))
                     self.end_headers()
-                    self.wfile.write(body)
+                    self.wfile.write(body[: len(body) // 2] if "X-Cut" in headers else body)
+                    self.close_connection |= "X-Cut" in headers
                 except OSError:  # the client gave up
                     self.close_connection = True
 
@@ -134,20 +152,23 @@ def got(url: str, work: list[Ask], finished: frozenset = frozenset(), **more: An
     return sorted((item for batch in batches for item in batch), key=lambda r: (r.prompt_id, r.sample))
 
 
-def failed(url: str, work: list[Ask], **more: Any) -> tuple[list[Sample | Failure], str]:
+def failed(
+    url: str, work: list[Ask], finished: frozenset = frozenset(), spent: Usage = Usage(), **more: Any
+) -> tuple[list[Sample | Failure], str]:
     """(what came before the WorkError, its message)."""
     rows: list[Sample | Failure] = []
     with pytest.raises(WorkError) as e:  # noqa: PT012
-        for batch in OpenAITeacher(config(url, **more), "teacher 't'").run(work, frozenset()):
+        for batch in OpenAITeacher(config(url, **more), "teacher 't'", spent).run(work, finished):
             rows += batch
     assert KEY not in str(e.value)
     return rows, str(e.value)
 
 
 # ---------------------------------------------------------------- a good server
-def test_each_sample_is_one_request_with_its_own_seed_and_says_how_it_was_sampled(serve: Serve) -> None:
+def test_a_server_that_ignores_n_is_asked_one_by_one_with_a_seed_for_each_sample(serve: Serve) -> None:
     server = serve(lambda n, body: chat(f"{body['messages'][-1]['content']} {body['seed']}"))
-    rows = got(server.url, asks(5, samples=3), temperature=0.3, max_tokens=9)
+    engine = OpenAITeacher(config(server.url, temperature=0.3, max_tokens=9, concurrency=1))
+    rows = [row for batch in engine.run(asks(5, samples=3), frozenset()) for row in batch]
     assert len(server.requests) == len(rows) == 15
     assert server.keys == {f"Bearer {KEY}"}
     for row in rows:
@@ -158,9 +179,135 @@ def test_each_sample_is_one_request_with_its_own_seed_and_says_how_it_was_sample
         assert (row.finish_reason, row.model) == ("stop", "served-model")
         assert json.loads(row.sampling) == {"temperature": 0.3, "top_p": 1.0, "max_tokens": 9, "seed": seed}
     assert len({body["seed"] for body in server.requests}) == 15
-    assert all("n" not in body for body in server.requests)
+    assert [body.get("n") for body in server.requests] == [3] + 14 * [None]
+    assert engine.note == "ignores n, so it was asked one by one, gives no log-probs"
 
 
+def test_a_server_that_honours_n_is_asked_once_for_each_prompt(serve: Serve) -> None:
+    server = serve(lambda n, body: costly(body, 10, 40))
+    engine = OpenAITeacher(config(server.url, concurrency=1))
+    rows = [row for batch in engine.run(asks(5, samples=4), frozenset({("id0", 1)})) for row in batch]
+    assert sorted(body.get("n", 1) for body in server.requests) == [3, 4, 4, 4, 4]
+    assert {(r.prompt_id, r.sample) for r in rows} == {(f"id{i}", s) for i in range(5) for s in range(4)} - {("id0", 1)}
+    told = [json.loads(r.sampling) for r in rows if isinstance(r, Sample)]
+    assert sum("usage" in t for t in told) == 5
+    assert {t["n"] for t in told} == {3, 4}
+    assert engine.note == "honours n, gives no log-probs; 50 prompt and 200 completion tokens"
+
+
+def test_many_samples_are_asked_for_in_requests_of_eight(serve: Serve) -> None:
+    server = serve(lambda n, body: costly(body, 1, 1))
+    assert len(got(server.url, asks(1, samples=20), concurrency=1)) == 20
+    assert [body["n"] for body in server.requests] == [8, 8, 4]
+
+
+@pytest.mark.parametrize("unknown", ["n", "logprobs"])
+def test_a_server_that_refuses_a_parameter_is_asked_without_it(serve: Serve, unknown: str) -> None:
+    def strict(n: int, body: dict[str, Any]) -> Answer:
+        return refusal(400, f"unknown parameter {unknown}") if unknown in body else costly(body, 1, 1)
+
+    server = serve(strict)
+    engine = OpenAITeacher(config(server.url, concurrency=1, retries=0))
+    rows = [row for batch in engine.run(asks(3, samples=2), frozenset()) for row in batch]
+    assert [type(r) for r in rows] == [Sample] * 6
+    assert len(server.requests) == 7
+    assert engine.note.startswith("ignores n, so it was asked one by one, gives no log-probs")
+
+
+def test_log_probs_are_asked_for_once_and_noted(serve: Serve) -> None:
+    server = serve(lambda n, body: choices([choice() | {"logprobs": {"content": [{"logprob": -1.0}]}}]))
+    engine = OpenAITeacher(config(server.url))
+    assert sum(len(batch) for batch in engine.run(asks(9), frozenset())) == 9
+    assert sum("logprobs" in body for body in server.requests) == 1
+    assert engine.note == "gives log-probs"
+
+
+def test_a_server_whose_usage_leaves_choices_out_is_asked_one_by_one(serve: Serve) -> None:
+    def undercounts(n: int, body: dict[str, Any]) -> Answer:
+        more = {"logprobs": {"content": 7 * [{"logprob": -1.0}]}} if "logprobs" in body else {}
+        usage = {"prompt_tokens": 1, "completion_tokens": 7}
+        return choices([choice() | more for _ in range(body.get("n", 1))], usage=usage)
+
+    server = serve(undercounts)
+    engine = OpenAITeacher(config(server.url, concurrency=1))
+    assert sum(len(batch) for batch in engine.run(asks(3, samples=3), frozenset())) == 9
+    assert [body.get("n") for body in server.requests] == [3] + 6 * [None]
+    told = "counts the tokens of one answer where n were given, so it was asked one by one, gives log-probs; "
+    assert engine.note.startswith(told)
+
+
+def test_of_several_choices_the_bad_ones_are_asked_for_again(serve: Serve) -> None:
+    def half(n: int, body: dict[str, Any]) -> Answer:
+        return choices([choice("good"), choice("", "content_filter")][: body.get("n", 1)])
+
+    rows = got(serve(half).url, asks(1, samples=2))
+    assert [r.text for r in rows if isinstance(r, Sample)] == ["good", "good"]
+
+
+# ---------------------------------------------------------------- a budget
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        ({"tokens": 100}, "budget.tokens = 100 is used up (120 completion tokens so far)"),
+        ({"cost": 0.05, "input_price": 200.0, "output_price": 400.0}, "budget.cost = 0.05 is used up (0.066 so far)"),
+    ],
+)
+def test_no_request_begins_after_the_budget_is_used_up_and_the_next_run_counts_on(
+    serve: Serve, budget: dict[str, Any], told: str
+) -> None:
+    server = serve(lambda n, body: costly(body, 30, 40))
+    rows, said = failed(server.url, asks(10), concurrency=1, budget=budget)
+    assert f"teacher 't': {told}. Finished rows are kept. Raise it, then run the same command again" in said
+    assert len(rows) == len(server.requests) == 3
+    more = {key: value * (2 if key in ("tokens", "cost") else 1) for key, value in budget.items()}
+    done = frozenset((r.prompt_id, r.sample) for r in rows)
+    rows, _ = failed(server.url, asks(10), done, Usage(90, 120), concurrency=1, budget=more)
+    assert len(rows) == 2
+    assert len(server.requests) == 5
+
+
+def test_requests_under_way_when_the_budget_is_reached_are_waited_for(serve: Serve) -> None:
+    def slow(n: int, body: dict[str, Any]) -> Answer:
+        time.sleep(0.05 * n)
+        return costly(body, 1, 100)
+
+    server = serve(slow)
+    rows, _ = failed(server.url, asks(50), concurrency=4, budget={"tokens": 100})
+    assert len(rows) == len(server.requests) == 4
+
+
+def test_a_budget_that_covers_the_work_is_not_reached(serve: Serve) -> None:
+    server = serve(lambda n, body: costly(body, 1, 10))
+    assert len(got(server.url, asks(10), concurrency=1, budget={"tokens": 100})) == 10
+
+
+def test_a_budget_needs_a_server_that_says_what_it_used(serve: Serve) -> None:
+    rows, said = failed(serve(lambda n, body: chat()).url, asks(10), concurrency=1, budget={"tokens": 100})
+    assert len(rows) == 1
+    assert "does not report `usage`, so the budget cannot be kept. Finished rows are kept. Remove `budget`" in said
+
+
+def test_what_stored_rows_used_up_is_summed_over_their_requests(tmp_path: Path) -> None:
+    row = {"trace_id": "", "prompt_id": "p", "teacher": "t", "text": "x", "finish_reason": "stop", "model": "m"}
+    part = partition(tmp_path, "traces", {"teacher": "t"})
+    said = [
+        {"usage": {"prompt_tokens": 5, "completion_tokens": 7}},
+        {"n": 2},
+        {"usage": {"prompt_tokens": 1, "completion_tokens": 2}},
+    ]
+    for i, sampling in enumerate(said):
+        rows = [{**row, "trace_id": str(i), "sample": i, "sampling": json.dumps(sampling)}]
+        part.write(pa.Table.from_pylist(rows, schema=ARROW["traces"]), "f")
+    assert stored_usage(part.loose("f")) == Usage(6, 9)
+
+
+@pytest.mark.parametrize("budget", [{}, {"cost": 1.0}, {"input_price": 1.0, "tokens": 5}, {"cost": 1.0, "input_price": 1.0}])
+def test_a_budget_that_cannot_be_held_is_refused(budget: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"cost, input_price and output_price|expected tokens"):
+        config("http://127.0.0.1:9/v1", budget=budget)
+
+
+# ---------------------------------------------------------------- which requests
 def test_finished_samples_are_not_asked_for_again(serve: Serve) -> None:
     server = serve(lambda n, body: chat())
     rows = got(server.url, asks(3, samples=2), frozenset({("id0", 0), ("id2", 1)}))
@@ -258,7 +405,7 @@ def test_trouble_is_retried_until_it_is_over(serve: Serve, trouble: Answer | Non
     (row,) = got(server.url, [Ask("x", [{"role": "user", "content": "p"}], (0,), 0, "", {})])
     assert isinstance(row, Sample)
     assert len(server.requests) == 4
-    assert len({json.dumps(body) for body in server.requests[1:]}) == 1  # same seed each time
+    assert len({body["seed"] for body in server.requests[1:]}) == 1
 
 
 @pytest.mark.parametrize(
@@ -304,6 +451,36 @@ def test_retry_after_is_obeyed(serve: Serve, dated: bool) -> None:
     (row,) = got(server.url, asks(1))
     assert isinstance(row, Sample)
     assert server.times[1] - server.times[0] >= 0.35
+
+
+def test_retry_after_holds_back_every_request_and_has_a_bound(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MAX_RETRY_AFTER_S", 0.5)
+    server = serve(lambda n, body: chat() if n else refusal(429, **{"Retry-After": "86400"}))
+    assert [type(r) for r in got(server.url, asks(6), concurrency=1, retries=1)] == [Sample] * 6
+    assert 0.45 <= server.times[1] - server.times[0] < 5
+    waits = serve(lambda n, body: chat() if n > 1 else refusal(429, **{"Retry-After": "86400"}))
+    got(waits.url, asks(6), concurrency=2)
+    assert all(t - waits.times[1] >= 0.45 for t in waits.times[2:])
+    assert len(waits.times) == 8
+
+
+def test_repeats_are_spread_by_chance(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "BACKOFF_S", 0.2)
+    server = serve(lambda n, body: refusal(429) if n < 8 else chat())
+    got(server.url, asks(8), concurrency=8)
+    again = sorted(t - max(server.times[:8]) for t in server.times[8:])
+    assert again[-1] - again[0] > 0.02
+    assert 0.05 < again[0] < again[-1] < 0.6
+
+
+def test_a_reply_that_is_cut_off_is_asked_for_again(serve: Serve) -> None:
+    whole = chat("x" * 1000)
+    half = (200, {"X-Cut": "yes"}, whole[2])
+    for trouble in (half, (200, {}, whole[2][:500])):
+        server = serve(lambda n, body, trouble=trouble: trouble if n == 0 else whole)
+        (row,) = got(server.url, asks(1))
+        assert isinstance(row, Sample)
+        assert len(server.requests) == 2
 
 
 # ---------------------------------------------------------------- a server that is not there

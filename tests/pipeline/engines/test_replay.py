@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.engines import replay
+from pipeline.engines import matching, replay
 from pipeline.engines.base import Ask, Sample
 from pipeline.engines.replay import ReplayTeacher
 from pipeline.engines.teachers import content_id, teacher_engine
@@ -197,6 +197,75 @@ def test_a_problem_matches_the_last_message_unless_two_conversations_end_with_it
     other = [*user("2+2"), {"role": "assistant", "content": "4"}, *user("p")]
     assert texts(engine(path), ask(shot)) == [("p", 0, "so")]
     assert texts(engine(path), ask(shot), ask(other), ask("z")) == [("z", 0, "z")]
+
+
+def test_a_prompt_that_a_chat_template_rendered_is_found_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "SEARCHES", 1)  # the first row's surroundings are those of all
+    rendered = "system\nThink.\nuser\n{}\nassistant\n"
+    path = jsonl(
+        tmp_path / "a.jsonl", *({"input": rendered.format(p), "output": f"to {p}"} for p in ("1+1", "21+1", "no", "3+3"))
+    )
+    asked = [ask([SYSTEM, *user(p)]) for p in ("1+1", "21+1", "3+3")]
+    assert texts(engine(path), *asked) == [("1+1", 0, "to 1+1"), ("21+1", 0, "to 21+1"), ("3+3", 0, "to 3+3")]
+
+
+@pytest.mark.parametrize(
+    ("rendered", "found"),
+    [
+        ("<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n", "What is 1+1?"),
+        ("[INST] What is 1+1? Be brief. [/INST]", "What is 1+1? Be brief."),
+        ("What is 1+1?\n\n", "What is 1+1?"),
+        ("user\nSo, 1+1\nassistant\n", "1+1"),
+        ("user\nWhat is 11+1\nassistant\n", None),
+        ("user\nWhat is 1+1+1\nassistant\n", None),
+    ],
+)
+def test_of_the_prompts_inside_a_rendered_one_the_longest_whole_one_is_meant(
+    tmp_path: Path, rendered: str, found: str | None
+) -> None:
+    asked = [ask(p) for p in ("1+1", "What is 1+1?", "What is 1+1? Be brief.", "z")]
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": rendered, "text": "so"}, {"prompt": "z", "text": "z"})
+    assert [t for t in texts(engine(path), *asked) if t[0] != "z"] == ([] if found is None else [(found, 0, "so")])
+
+
+# ---------------------------------------------------------------- what was recorded beside a trace
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_numbers_and_truth_values_beside_a_text_are_kept_as_recorded(tmp_path: Path, write: Any) -> None:
+    row = {
+        "prompt": "p",
+        "completion": "so",
+        "step": 10,
+        "reward": 0.5,
+        "right": True,
+        "name": "x",
+        "sample": 0,
+        "none": None,
+        "nan": float("nan"),
+    }
+    (got,) = samples(engine(write(tmp_path / f"a.{write.__name__}", row)), [ask("p")])
+    assert json.loads(got.sampling) == {"recorded": {"step": 10, "reward": 0.5, "right": True}}
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_lists_beside_generations_are_recorded_of_each(tmp_path: Path, write: Any) -> None:
+    row = {"problem": "p", "generations": ["a", "b"], "correctness_math_verify": [True, False], "correctness_llama": None,
+           "finish_reasons": ["stop", "stop"], "correctness_count": 1, "odd": [1, 2, 3]}  # fmt: skip
+    got = samples(engine(write(tmp_path / f"a.{write.__name__}", row)), [ask("p", 2)])
+    assert [json.loads(s.sampling) for s in got] == [{"recorded": {"correctness_math_verify": v}} for v in (True, False)]
+
+
+def test_what_was_recorded_survives_being_replayed_again(tmp_path: Path) -> None:
+    (first,) = samples(engine(jsonl(tmp_path / "a.jsonl", {"prompt": "p", "text": "so", "score": 1.0})), [ask("p")])
+    (again,) = samples(
+        engine(jsonl(tmp_path / "b.jsonl", {"prompt": "p", "text": "so", "sampling": first.sampling})), [ask("p")]
+    )
+    assert json.loads(again.sampling) == {"recorded": {"score": 1.0}}
+
+
+@pytest.mark.parametrize("sampling", ["{", "[1]", "hot", 3])
+def test_a_sampling_that_is_no_object_is_refused(tmp_path: Path, sampling: Any) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "p", "text": "so", "sampling": sampling})
+    assert f"{path}, row 1: `sampling`: expected an object in JSON, found" in refused(engine(path))
 
 
 def test_no_match_at_all_shows_an_example_of_each_side(tmp_path: Path) -> None:

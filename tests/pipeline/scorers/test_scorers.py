@@ -30,6 +30,7 @@ from schemas.scorers import (
     ScorerConfig,
     UserScorer,
 )
+from tests.pipeline.scorers.answers import by_math_verify
 
 
 def item(text, answer="1", metadata=None):
@@ -144,7 +145,7 @@ def test_the_quick_decision_agrees_with_math_verify(wrapping):
         box, gold = pair.split("|")
         text = wrapping.format(box)
         decided = math_answer.score(text, gold)
-        assert decided.correct == math_answer._verified(text, gold).correct, (text, gold)
+        assert decided.correct == by_math_verify(text, gold), (text, gold)
 
 
 @settings(max_examples=150, deadline=None)
@@ -152,7 +153,7 @@ def test_the_quick_decision_agrees_with_math_verify(wrapping):
 def test_two_plain_numbers_are_equal_when_their_decimals_are(left, right, same):
     right = left if same else right
     assert math_answer.score(f"\\boxed{{{left}}}", str(right)).correct == (left == right)
-    assert math_answer._verified(f"\\boxed{{{left}}}", str(right)).correct == (left == right)
+    assert by_math_verify(f"\\boxed{{{left}}}", str(right)) == (left == right)
 
 
 @pytest.mark.parametrize(
