@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import store
+from pipeline import grading, store
 from pipeline.context import load
 from pipeline.policy import Renderer
 from pipeline.stage import describe_part
@@ -71,6 +71,15 @@ def test_one_thread_and_several_write_the_same_parts_byte_for_byte(made: Path, m
     ]
     stored = [(r["prompt_id"], r["sample"]) for t in keys for r in t.to_pylist()]
     assert stored == sorted(stored)
+
+
+def test_slices_of_the_prompts_end_in_the_same_parts_as_all_at_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = again(made)
+    settings = ["grade.curriculum='pass_rate'"]
+    weighed = again(made, *settings)
+    monkeypatch.setattr(grading, "ROWS_PER_MB", 10)  # 384 MB: slices of 3,840 rollouts
+    assert again(made) == whole
+    assert again(made, *settings) == weighed != whole
 
 
 def test_it_is_what_polars_makes_of_the_rows(made: Path, tmp_path: Path) -> None:
