@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 VVENV  := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden golden-record slow real bench-trainer bench-score bench-grade bench-store bench-generate bench-skips docs clean
+.PHONY: help demo test check golden golden-record slow real bench-trainer bench-score bench-generate bench-skips bench-grade bench-store docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,18 +48,18 @@ bench-trainer: $(VENV)/ready-bench  ## our step against TRL's GRPOTrainer, on on
 bench-score: $(VENV)/ready  ## math verdicts against plain math-verify, on the same rows and processes
 	$(BIN)/python -m tests.bench.score $(ARGS)
 
-bench-grade: $(VENV)/ready-bench  ## grading 10 million rollouts: our stage, its bare SQL, polars, pandas, a loop
-	$(BIN)/python -m tests.bench.grade $(ARGS)
-
-bench-store: $(VENV)/ready-bench  ## what a stored rollout costs, and how fast one prompt reads
-	$(BIN)/python -m tests.bench.store $(ARGS)
-
 bench-generate: $(VENV)/ready $(VVENV)/ready  ## the embedded engine against transformers.generate, vllm against LLM.generate
 	$(BIN)/python -m tests.bench.generate $(ARGS)
 	$(VVENV)/bin/python -m tests.bench.generate_vllm
 
 bench-skips: $(VENV)/ready  ## tokens saved and routes changed by sequential groups and reuse, replaying whole groups of 16
 	$(BIN)/python -m tests.bench.skips $(ARGS)
+
+bench-grade: $(VENV)/ready-bench  ## grading 10 million rollouts: our stage, its bare SQL, polars, pandas, a loop
+	$(BIN)/python -m tests.bench.grade $(ARGS)
+
+bench-store: $(VENV)/ready-bench  ## what a stored rollout costs, and how fast one prompt reads
+	$(BIN)/python -m tests.bench.store $(ARGS)
 
 tiny-policy: $(VENV)/ready  ## make the embedded policy and its problems again (docs in data/tiny_policy)
 	$(BIN)/python data/make_tiny_policy.py

@@ -237,12 +237,12 @@ class Rollouts(Model):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = 1.0
     max_tokens: int = Field(default=2048, ge=1)
+    max_failed: float = Field(
+        default=0.02, ge=0, le=1, description="share of samples whose prompt the policy may not be able to read or answer"
+    )
     logprobs: Literal["float32", "float16"] = Field(
         default="float32",
         description="float16: stored rounded to it, at a quarter less disk; a ratio is then off by 0.2 % at most where p > e^-8",
-    )
-    max_failed: float = Field(
-        default=0.02, ge=0, le=1, description="share of samples whose prompt the policy may not be able to read or answer"
     )
     engine: RolloutEngine = HFEngine()
     sequential: Sequential | None = Field(default=None, description="default: groups are drawn whole")

@@ -194,6 +194,8 @@ class VLLMSampler:
         if platform.is_cpu():  # else it wants gpu_memory_utilization of all memory to be free; VLLM_CPU_KVCACHE_SPACE wins
             options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         options["whole_prefill"] = self.seeded and platform.is_cpu()
+        note = {"vllm": self._vllm.__version__, "chunked_prefill": not options["whole_prefill"]}
+        self._note = json.dumps(note, sort_keys=True)
         options["shape"] = {k: v for k, v in sorted(config.items()) if k not in ("_name_or_path", "transformers_version")}
         return options
 

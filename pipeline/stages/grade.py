@@ -124,7 +124,7 @@ def _refuse_unreliable_verdicts(ctx: Context, round: int) -> None:
     for part in (ctx.part(table, **keys) for table, keys in _inputs(ctx, round) if table == "scores"):
         manifest = part.manifest()
         assert manifest is not None
-        statuses, rows = manifest.facts["statuses"], manifest.rows
+        statuses, rows = manifest.facts.get("statuses", {}), manifest.rows
         failed, cut = statuses.get("timeout", 0) + statuses.get("error", 0), statuses.get("truncated", 0)
         if failed > limits.max_failed * rows:
             raise UserError(

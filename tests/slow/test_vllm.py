@@ -156,7 +156,7 @@ def test_a_wrong_reference_is_refused_before_sampling(run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def command_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`dypo generate rollouts` with engine vllm at T = 0.7, on the embedded policy, by the real command."""
+    """`dypo run` with engine vllm at T = 0.7 on the embedded policy: eval, two rounds with training between them, eval."""
     pytest.importorskip("vllm", reason="needs the second environment: make venv-vllm")
     path = tmp_path_factory.mktemp("command")
     engine = 'engine = { type = "vllm", enforce_eager = true, max_logprob_difference = 1e-3 }\ntemperature = 0.7'
@@ -164,8 +164,7 @@ def command_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path,
         **{'engine = { type = "hf", batch_sequences = 40 }': engine, "prompts_per_round = 40": "prompts_per_round = 12"},
     )
-    dypo("ingest", recipe)
-    dypo("generate", "rollouts", recipe, timeout=900)
+    dypo("run", recipe, "--set", "train.steps=2", timeout=1000)
     return path / "run"
 
 
@@ -173,11 +172,12 @@ def test_the_command_writes_vllm_rows_of_the_same_shape_whose_log_probs_are_the_
     from trainer.api import sequence_logprobs
 
     rows = table(command_run, "rollouts")
-    assert rows.height == 12 * 4
+    assert rows.height == 2 * 12 * 4
     assert set(rows["engine"]) == {"vllm"}
     assert rows["seed"].null_count() == 0
+    policies = {0: ROOT / "data" / "tiny_policy", 1: command_run / "checkpoints" / "round=0" / "step=2"}
     for row in rows.to_dicts():
-        again = sequence_logprobs(ROOT / "data" / "tiny_policy", row["prompt_tokens"], row["tokens"], 0.7)
+        again = sequence_logprobs(policies[row["round"]], row["prompt_tokens"], row["tokens"], 0.7)
         assert max(abs(a - b) for a, b in zip(again, row["logprobs"], strict=True)) < 1e-3
 
 
