@@ -350,6 +350,21 @@ def verify(run: RunFolder, as_json: Json = False) -> None:
 
 
 @app.command()
+def compact(run: RunFolder, as_json: Json = False) -> None:
+    """Merge small part files into large ones: the same rows, the same identity. Old files go at the next compaction."""
+    from pipeline.compact import compact as merge
+    from pipeline.store import lock, need_run
+
+    need_run(run)
+    with lock(run.resolve()):
+        for done in merge(run.resolve()):
+            if as_json:
+                print(json.dumps(vars(done)), flush=True)
+            elif done.before != done.after:
+                print(f"{done.partition}: {done.before} -> {done.after} parts, {done.rows:,} rows", flush=True)
+
+
+@app.command()
 def sql(
     run: RunFolder,
     query: Annotated[str | None, typer.Argument(help="one SELECT; without it, an interactive prompt")] = None,

@@ -252,10 +252,11 @@ def _round_parts(at: Row) -> "list[RenderableType]":
     line.append(_visible(at["why"]))
     parts: list[RenderableType] = [line]
     if at["rollouts"]:
-        table = _table("", "rollout", "sample", "verdict", "extracted", "tokens", "mean log-prob", "text")
+        table = _table("", "rollout", "sample", "verdict", "reward", "extracted", "tokens", "mean log-prob", "text")
         for r in at["rollouts"]:
+            reward = "" if r["reward"] is None else f"{r['reward']:g}"
             mean = "" if r["mean_logprob"] is None else f"{r['mean_logprob']:.3f}"
-            _add(table, r["rollout_id"][:8], r["sample"], _verdict(r), r["extracted"], r["tokens"], mean, r["text"])
+            _add(table, r["rollout_id"][:8], r["sample"], _verdict(r), reward, r["extracted"], r["tokens"], mean, r["text"])
         parts.append(table)
     if at["shards"]:
         table = _table(

@@ -2,14 +2,16 @@
 
 One idea: everything is decided on keys and lengths (verdicts.sql, then the grading and the routing query); token lists are
 joined to the routed keys at the end (sequences.sql) and go to Parquet as a stream. Nothing that grows with the run is held:
-DuckDB sorts and joins under `grade.memory_mb` and on disk, results come in batches. The stage (stages/grade.py) puts the files
-into their partitions once every check has passed; a what-if only reads them. Left out: fingerprints and partitions.
+DuckDB sorts and joins a slice of the prompts at a time, under `grade.memory_mb` and on disk, and results come in batches.
+The stage (stages/grade.py) puts the files into their partitions once every check has passed; a what-if only reads them.
+Left out: fingerprints and partitions.
 """
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,18 @@ from schemas.tables import ARROW
 LISTS = ("prompt_tokens", "tokens", "old_logprobs")
 ROUTED = pa.schema([f for f in ARROW["shards"] if f.name not in LISTS])
 WEIGHTS = pa.schema([("prompt_id", pa.string()), ("weight", pa.float64())])
+SLICED = (
+    "rollouts",
+    "scores",
+    "round_prompts",
+    "verdicts",
+    "fitting_traces",
+    "grades",
+    "earlier_grades",
+    "curriculum",
+    "routed",
+)
+ROWS_PER_MB = 16_000  # rollouts of a slice; DuckDB spills part of its joins and sorts then, and does not run out (measured)
 MB_PER_THREAD = 256  # DuckDB runs out of memory where many threads share little of it
 
 
@@ -77,18 +91,22 @@ class Grading:
         self._con = open_views(ctx.run)
         if scores:
             view_parts(self._con, "other_scores", list(scores), ARROW["scores"])
-            self._con.execute(f"create temp view scores as {sql('what_if/scores')}")
+            self._con.execute("alter view scores rename to stored_scores")
+            self._con.execute(f"create view scores as {sql('what_if/scores')}")
         self._con.execute(f"set memory_limit = '{g.memory_mb}MB'")
         self._con.execute(f"set temp_directory = '{folder / 'spill'}'")
         self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice
         (cores,) = self._con.execute("select current_setting('threads')").fetchall()[0]
         self._con.execute(f"set threads = {max(1, min(cores, g.memory_mb // MB_PER_THREAD))}")
         prompts = folder / "round_prompts.parquet"
-        self._con.register("drawn", pa.table({"prompt_id": round_prompt_ids(ctx, round)}))
+        ids = round_prompt_ids(ctx, round)
+        self._slices = _slices(ids, math.ceil(len(ids) * ctx.recipe.rollouts.k / (g.memory_mb * ROWS_PER_MB)))
+        self._con.register("drawn", pa.table({"prompt_id": ids}))
         self._con.register("skipped", skips.rows(ctx, round))
         self._con.execute(f"copy ({sql('round_prompts')}) to $path", {"round": round, "path": str(prompts)})
         self._con.unregister("drawn")
         self._con.unregister("skipped")
+        del ids
         pa.default_memory_pool().release_unused()  # or what reading the ids took stays beside DuckDB's share
         view_parts(self._con, "round_prompts", [prompts], pa.schema([]))
         earlier = [f for p in partitions(ctx.run, "grades") if int(dict(p.keys)["round"]) < round for f in p.files()]
@@ -100,12 +118,15 @@ class Grading:
 
     def _refuse_unscored(self) -> None:
         """Makes `verdicts`, one row a rollout; UserError if a rollout has none, or a trace."""
-        path, keys = self.folder / "verdicts.parquet", {"k": self.ctx.recipe.rollouts.k}
+        keys = {"k": self.ctx.recipe.rollouts.k}
         self._ordered_by_the_query(True)
-        self._con.execute(f"copy ({sql('verdicts')}) to $path (compression lz4)", {**keys, "path": str(path)})
-        view_parts(self._con, "verdicts", [path], pa.schema([]))
+        paths: list[Path] = []
+        for _ in self._by_slices():
+            paths.append(self.folder / f"verdicts-{len(paths)}.parquet")
+            self._con.execute(f"copy ({sql('verdicts')}) to $path (compression lz4)", {**keys, "path": str(paths[-1])})
+        view_parts(self._con, "verdicts", paths, pa.schema([]))
         for kind in ("rollouts", "traces"):
-            if kind == "rollouts" and self._all_judged():
+            if kind == "rollouts" and all(self._judged() for _ in self._by_slices()):
                 continue
             unscored = ask(self._con, sql(f"checks/unscored_{kind}"), **(keys if kind == "rollouts" else {}))
             if unscored.num_rows:
@@ -114,7 +135,7 @@ class Grading:
                     f"{unscored.column('id')[0]}). Run `dypo score {self.ctx.run} --round {self.round}` first"
                 )
 
-    def _all_judged(self) -> bool:
+    def _judged(self) -> bool:
         """Whether `verdicts` has as many rows as there are rollouts to grade: ids are unique, so none is missing then."""
         got = ask(self._con, sql("checks/judged"), k=self.ctx.recipe.rollouts.k).to_pylist()[0]
         return got["rollouts"] == got["verdicts"]
@@ -131,7 +152,7 @@ class Grading:
         )  # fmt: skip
         made = write_parts(self.folder / "grades", "grades", batches, fingerprint)
         self.use_grades(made)
-        self._refuse_offenders("grades", name, round=self.round)
+        self._refuse_offenders("grades", name, g.query is not None, round=self.round)
         return made
 
     def use_grades(self, parts: list[Path]) -> None:
@@ -153,6 +174,7 @@ class Grading:
             round=self.round, k=self.ctx.recipe.rollouts.k, max_tokens=g.max_tokens, advantage_scale=method.grpo.advantage,
             eps=method.grpo.eps,
         )  # fmt: skip
+        self._routing_is_own = method.query is not None
         self._write_routed("routed", batches)
         if (text := curriculum_text(g.curriculum)) is not None:
             name = f"{name} with curriculum {g.curriculum}"
@@ -161,8 +183,9 @@ class Grading:
             path = self.folder / "curriculum.parquet"
             _write(path, WEIGHTS, weights)
             view_parts(self._con, "curriculum", [path], WEIGHTS)
-            self._write_routed("weighted", self._select(sql("weighted"), ROUTED, "shards", "weighted.sql"))
-        self._refuse_offenders("shards", name)
+            weighted = self._select(sql("weighted"), ROUTED, "shards", "weighted.sql", own=self._routing_is_own)
+            self._write_routed("weighted", weighted)
+        self._refuse_offenders("shards", name, self._routing_is_own)
 
     def _write_routed(self, name: str, batches: Iterable[pa.RecordBatch]) -> None:
         """What is routed from now on."""
@@ -181,7 +204,7 @@ class Grading:
     def _with_lists(self, route: str) -> Iterator[pa.RecordBatch]:
         """The routed keys of a route, each with its lists: two streams in one order, side by side."""
         keys = regrouped(_placed(self._routed, route), ROW_GROUP)
-        lists = regrouped(stream(self._con, sql("sequences"), ROW_GROUP, route=route), ROW_GROUP)
+        lists = regrouped(self._lists(route), ROW_GROUP)
         for mine, theirs in zip_longest(keys, lists):
             if theirs is None or not mine["place"].equals(theirs["place"]):
                 there = set(theirs["place"].to_pylist()) if theirs is not None else set()
@@ -194,6 +217,10 @@ class Grading:
                 mine = mine.append_column(name, theirs[name])
             yield from mine.drop_columns(["place"]).combine_chunks().to_batches()
 
+    def _lists(self, route: str) -> Iterator[pa.RecordBatch]:
+        for _ in self._by_slices(whole=self._routing_is_own):
+            yield from stream(self._con, sql("sequences"), ROW_GROUP, route=route)
+
     def lengths(self) -> Path:
         """The routed keys with the `length` of each response."""
         path = self.folder / "lengths.parquet"
@@ -204,21 +231,25 @@ class Grading:
     def _select(
         self, text: str, want: pa.Schema, table: str, name: str, *, own: bool = False, **parameters: Any
     ) -> Iterator[pa.RecordBatch]:
-        """Streams a query's result with those of the parameters it names; it must have the columns of `want`."""
+        """Streams a query's result with those of the parameters it names; it must have the columns of `want`.
+
+        A query of the user's own may compare prompts with one another, so it sees all of them at once.
+        """
         import duckdb
 
         try:
             self._ordered_by_the_query(not own)
             named = self._con.extract_statements(text)[0].named_parameters
             used = {k: v for k, v in parameters.items() if k in named}
-            batches = stream(self._con, text, **used)
-            missing = [n for n in want.names if n not in batches.schema.names]
-            if missing:
-                raise UserError(
-                    f"{name}: the result lacks {', '.join(missing)}; the columns of {table} are {', '.join(want.names)}"
-                )
-            for batch in batches:
-                yield from _cast(batch, want, table, name)
+            for _ in self._by_slices(whole=own):
+                batches = stream(self._con, text, **used)
+                missing = [n for n in want.names if n not in batches.schema.names]
+                if missing:
+                    raise UserError(
+                        f"{name}: the result lacks {', '.join(missing)}; the columns of {table} are {', '.join(want.names)}"
+                    )
+                for batch in batches:
+                    yield from _cast(batch, want, table, name)
         except duckdb.Error as e:
             raise UserError(
                 f"{name}: DuckDB refused the query: {e}. It may use the parameters {', '.join(parameters)}"
@@ -228,16 +259,51 @@ class Grading:
         """Ours all say their order, which spares DuckDB to keep one; a user's may lean on the order of what it reads."""
         self._con.execute(f"set preserve_insertion_order = {not yes}")
 
-    def _refuse_offenders(self, table: str, name: str, **parameters: Any) -> None:
+    def _by_slices(self, whole: bool = False) -> Iterator[None]:
+        """One turn for each slice of the prompts, in which every view has the rows of its prompts only; `whole`: one turn for all.
+
+        Grading and routing are of each prompt by itself, so the slices' results one after the other are the whole's; what DuckDB
+        has to hold is that of a slice. Temporary views stand before the others of their name.
+        """
+        if whole or len(self._slices) == 1:
+            yield
+            return
+        there = {
+            n
+            for (n,) in self._con.execute(
+                "select view_name from duckdb_views() where not internal and not temporary"
+            ).fetchall()
+        }
+        names = sorted(there & set(SLICED))
+        for first, last in self._slices:
+            for name in names:
+                rows = f"select * from memory.main.{name} where prompt_id between '{first}' and '{last}'"
+                self._con.execute(f"create or replace temp view {name} as {rows}")
+            yield
+        for name in names:
+            self._con.execute(f"drop view temp.main.{name}")
+
+    def _refuse_offenders(self, table: str, name: str, own: bool, **parameters: Any) -> None:
         """UserError if a query's result breaks a rule of its table: checks/TABLE.sql returns the offending rows."""
-        self._con.execute(f"create or replace view new_{table} as from {'grades' if table == 'grades' else 'routed'}")
-        bad = ask(self._con, sql(f"checks/{table}"), **parameters)
-        if bad.num_rows:
+        for _ in self._by_slices(whole=own):
+            self._con.execute(
+                f"create or replace temp view new_{table} as from {'grades' if table == 'grades' else 'routed'}"
+            )
+            bad = ask(self._con, sql(f"checks/{table}"), **parameters)
+            if bad.num_rows == 0:
+                continue
             first = bad.slice(0, 1).to_pylist()[0]
             where = ", ".join(f"{k} {v}" for k, v in first.items() if k != "why")
             raise UserError(
                 f"{name}: the query returned {bad.num_rows} rows that break a rule; the first ({where}): {first['why']}"
             )
+
+
+def _slices(ids: pa.Array, wanted: int) -> list[tuple[str, str]]:
+    """The sorted ids as so many ranges of about the same size, each its first and last id."""
+    n = max(1, min(wanted, len(ids)))
+    cuts = [len(ids) * i // n for i in range(n + 1)]
+    return [(ids[a].as_py(), ids[b - 1].as_py()) for a, b in pairwise(cuts) if b > a]
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:

@@ -8,6 +8,7 @@ rows, any state that is not a file with a name.
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import duckdb
 
 META_FINGERPRINT = b"dypo.fingerprint"
+META_MERGED = b"dypo.merged_from"
+MERGED = ".merged.parquet"  # how the name of a part ends that was made from others
 MANIFEST = "manifest.json"
 ROW_GROUP = 1024  # of rows with texts or token lists: one prompt is a matter of milliseconds
 ROW_GROUP_OF_KEYS = 64 * ROW_GROUP
@@ -75,7 +78,12 @@ class Partition:
         """Finished parts with this fingerprint that no manifest lists yet: the work of a stage that was cut off."""
         listed = {p.name for p in m.parts} if (m := self.manifest()) else set()
         paths = sorted(p for p in self.folder.glob("part-*.parquet") if p.name not in listed)
-        return [p for p in paths if part_fingerprint(p) == fingerprint]
+        void = self.void() if paths else set()
+        return [p for p in paths if p not in void and part_fingerprint(p) == fingerprint]
+
+    def void(self) -> set[Path]:
+        """Parts whose rows count in other parts."""
+        return void_parts(self.folder, {p.name for p in m.parts} if (m := self.manifest()) else set())
 
     def files(self) -> list[Path]:
         """The listed parts; each must exist at its recorded size (contents are hashed by `verify`)."""
@@ -111,12 +119,15 @@ class Partition:
                 told = f"sha256 {found[:12]}..., but its manifest says {part.sha256[:12]}...: altered"
                 yield "altered", path, f"{told}. {_way_out(self)}"
 
+    def next_part(self, end: str = ".parquet") -> str:
+        """A part's name that is not taken."""
+        taken = [int(p.name[5:].split(".")[0]) for p in self.folder.glob("part-*.parquet")]
+        return f"part-{max(taken, default=-1) + 1:05d}{end}"
+
     def write(self, rows: pa.Table, fingerprint: str, name: str | None = None) -> Path:
         """Publishes rows as one part: cast to the table's schema, written to a temporary name, fsynced, renamed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if name is None:
-            taken = [int(p.stem[5:]) for p in self.folder.glob("part-*.parquet")]
-            name = f"part-{max(taken, default=-1) + 1:05d}.parquet"
+        name = name or self.next_part()
         declared = as_declared(rows, self.table)
         return publish(self.folder / name, lambda path: write_part(path, self.table, [declared], fingerprint))
 
@@ -125,7 +136,9 @@ class Partition:
         publish(self.folder / MANIFEST, lambda p: p.write_text(manifest.model_dump_json(indent=1) + "\n"))
 
     def remove_temporary(self) -> None:
-        """Sweeps what a killed writer left behind; only the holder of the run's lock may call it."""
+        """Sweeps what a killed writer or a compaction left behind; only the holder of the run's lock may call it."""
+        for path in sorted(self.void()):
+            path.unlink()
         for path in self.folder.glob(".*.tmp"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -163,27 +176,33 @@ def as_declared(rows: pa.Table, table: str) -> pa.Table:
     return pa.Table.from_arrays([rows.column(f.name).cast(f.type) for f in schema], schema=schema)
 
 
-def write_part(path: Path, table: str, groups: Iterable[pa.Table], fingerprint: str) -> None:
-    """One Parquet file of a table's rows as declared; memory holds one of `groups` at a time."""
+def write_part(
+    path: Path, table: str, groups: Iterable[pa.Table], fingerprint: str, merged: list[str] | None = None
+) -> None:
+    """One Parquet file of a table's rows as declared; memory holds one of `groups` at a time.
+
+    merged: the names of the parts that these rows stand in already, where this part is to take their place.
+    """
+    of = {META_MERGED: json.dumps(merged).encode()} if merged else {}
     schema = ARROW[table]
     split = [f"{f.name}.list.element" for f in schema if f.name in _SPLIT]
     whole = [f.name for f in schema if f.name not in _SPLIT]
     with pq.ParquetWriter(
         path,
-        schema.with_metadata({**(schema.metadata or {}), META_FINGERPRINT: fingerprint.encode()}),
+        schema.with_metadata({**(schema.metadata or {}), META_FINGERPRINT: fingerprint.encode(), **of}),
         compression="zstd",
         write_page_checksum=True,
         use_dictionary=whole if split else True,  # pyright: ignore[reportArgumentType]
         column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") if split else None,  # pyright: ignore[reportArgumentType]
     ) as writer:
         for group in groups:
-            writer.write_table(group, row_group_size=_row_group(table))
+            writer.write_table(group, row_group_size=rows_in_group(table))
 
 
 def write_parts(folder: Path, table: str, batches: Iterable[pa.RecordBatch], fingerprint: str) -> list[Path]:
     """A stream of rows as part files in a folder of their own, cut at the same rows however the stream is cut."""
     folder.mkdir(parents=True)
-    groups = (as_declared(group, table) for group in regrouped(batches, _row_group(table)))
+    groups = (as_declared(group, table) for group in regrouped(batches, rows_in_group(table)))
     paths = []
     for first in groups:
         path = folder / f"part-{len(paths):05d}.parquet"
@@ -193,7 +212,8 @@ def write_parts(folder: Path, table: str, batches: Iterable[pa.RecordBatch], fin
     return paths
 
 
-def _row_group(table: str) -> int:
+def rows_in_group(table: str) -> int:
+    """Rows in a row group of a table's parts."""
     if table == "shards":  # read whole, or by prompt, by which they are sorted
         return 4 * ROW_GROUP
     heavy = any(pa.types.is_list(f.type) or f.name == "text" for f in ARROW[table])
@@ -229,6 +249,24 @@ def sha256_file(path: Path) -> str:
 def part_fingerprint(path: Path) -> str:
     """The fingerprint a part was written under. UserError when the file is no part of ours."""
     return _part_metadata(path).get(META_FINGERPRINT, b"").decode()
+
+
+def merged_from(path: Path) -> list[str]:
+    """The names of the parts that a compaction made this one from."""
+    return json.loads(_part_metadata(path).get(META_MERGED, b"[]"))
+
+
+def void_parts(folder: Path, listed: set[str]) -> set[Path]:
+    """Of a folder's parts, of which a manifest lists some, those whose rows stand in other parts too and count there.
+
+    A merged part (compact.py) counts once the manifest lists it, or one of those that it was made from is gone; until then they do.
+    """
+    out = set()
+    for path in folder.glob(f"part-*{MERGED}"):
+        sources = [folder / name for name in merged_from(path)]
+        here = {source for source in sources if source.exists()}
+        out |= here if path.name in listed or len(here) < len(sources) else {path}
+    return out
 
 
 def part_version(path: Path) -> int:

@@ -4,7 +4,7 @@
     unreadable          a manifest that says nothing, or a file that the disk does not give
     orphan              a file among the tables that no manifest lists and no stage will count in
     unfinished          whole parts of a stage that was cut off: its next run counts them in
-    left over           what a killed writer left under a temporary name: swept by the next run
+    left over           what a killed writer left under a temporary name, or parts that are merged by now: swept by the next run
     older copy          of a superseded partition, set aside when the next one came
 
 One idea: the first four are harm, the others are how a run looks that was killed or changed. Superseded partitions are
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.store import MANIFEST, PARTITION_KEYS, keys_of, need_run, part_fingerprint, partitions
+from pipeline.store import MANIFEST, PARTITION_KEYS, keys_of, need_run, part_fingerprint, partitions, void_parts
 from schemas.errors import UserError
 from schemas.manifest import Manifest
 
@@ -83,7 +83,17 @@ def _unlisted(root: Path, manifests: dict[Path, Manifest | None]) -> Iterator[Fo
             continue
         wanted = manifest.fingerprint if manifest is not None else None
         place = keys_of(root.name, path.parent.relative_to(root)) is not None
+        if place and _is_void(path, manifest):
+            yield Found("left over", str(path), "its rows stand in another part; the next `dypo compact` removes it")
+            continue
         yield _loose(path, wanted, place)
+
+
+def _is_void(path: Path, manifest: Manifest | None) -> bool:
+    try:
+        return path in void_parts(path.parent, {p.name for p in manifest.parts} if manifest else set())
+    except UserError:  # a file beside it does not even say what it is
+        return False
 
 
 def _loose(path: Path, wanted: str | None, place: bool) -> Found:

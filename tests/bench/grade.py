@@ -72,12 +72,14 @@ def sql(run: Path, out: Path) -> Answer:
         f"temp_directory = '{out}/spill'", "preserve_insertion_order = false", "enable_external_file_cache = false",
     ):  # fmt: skip
         con.execute(f"set {setting}")
-    con.execute("create view round_prompts as select prompt_id from prompts")
+    con.execute(
+        "create view round_prompts as select prompt_id, 0 as source_round, null::varchar as decided, false as stale from prompts"
+    )
     con.execute(
         "create view fitting_traces as select *, [0] as prompt_tokens, [0] as tokens, 0 as n_tokens, 0e0 as reward from traces"
     )
     for name, made, parameters, options in (
-        ("verdicts", "verdicts", {"round": 0, "k": K}, "union_by_name=true"),
+        ("verdicts", "verdicts", {"k": K}, "union_by_name=true"),
         ("grade", "grades", {
             "round": 0, "k": K, "hard_max_successes": 0, "easy_max_failures": 0, "max_tokens": 8192, "unjudged_to_routes": False,
         }, "union_by_name=true"),
@@ -281,10 +283,10 @@ def contest(name: str, run: Path, out: Path) -> None:
 
         import pipeline.stages.grade  # noqa: F401
     assert all((duckdb, polars, pyarrow))
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     got = CONTESTANTS[name](run, out)
-    seconds, peak = time.perf_counter() - began, peak_mb()
-    print(json.dumps({"seconds": seconds, "peak_mb": peak, "answer": answered(run) if name == "stage" else got}))
+    took = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - busy, "peak_mb": peak_mb()}
+    print(json.dumps({**took, "answer": answered(run) if name == "stage" else got}))
 
 
 def race(rows: int, run: Path, names: list[str], repeat: int) -> dict[str, Any]:
@@ -303,6 +305,7 @@ def race(rows: int, run: Path, names: list[str], repeat: int) -> dict[str, Any]:
     return {
         name: {
             "seconds": median(t["seconds"] for t in each) * scale.get(name, 1),
+            "cpu_s": median(t["cpu_s"] for t in each) * scale.get(name, 1),
             "peak_mb": max(t["peak_mb"] for t in each),
             "answer": each[0]["answer"],
         }
@@ -375,7 +378,7 @@ def main() -> None:
         for name, one in found.items():
             scaled = f" (on {LOOP_ROWS:,} rows, scaled)" if name == "loop" else ""
             memory = "" if name == "loop" else f"{one['peak_mb']:8.0f} MB"
-            print(f"  {name:8}{one['seconds']:8.1f} s{memory}{scaled}")
+            print(f"  {name:8}{one['seconds']:8.1f} s{one['cpu_s']:8.1f} s of processor{memory}{scaled}")
         got = ratios(found) if "stage" in found else {}
         for name, value in got.items():
             print(f"  {name}: {value:.2f}")

@@ -106,10 +106,15 @@ def _write(run: Path, table: str, keys: dict[str, str | int], batches: Iterator[
     part = partition(run, table, keys)
     parts = [describe_part(path) for path in write_parts(part.folder, table, batches, "made")]
     rows = sum(p.rows for p in parts)
+    facts = {}
+    if table == "scores":
+        query = "select status, count(*) from read_parquet($paths, hive_partitioning=false) group by 1 order by 1"
+        facts["statuses"] = dict(duckdb.execute(query, {"paths": [str(part.folder / p.name) for p in parts]}).fetchall())
     part.complete(
         Manifest(
             table=table, keys=dict(part.keys), stage="made", fingerprint="made", config={}, parents={}, parts=parts, rows=rows,
             rows_digest=digest([table, rows]), seed=0, code="bench", created=datetime.now(UTC).isoformat(timespec="seconds"),
+            facts=facts,
         )
     )  # fmt: skip
 

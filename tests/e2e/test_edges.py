@@ -148,7 +148,7 @@ def test_a_round_with_nothing_to_train_on_does_not_end_the_run(a_copy: Path) -> 
     from pipeline.store import sql
 
     easy = a_copy.parent / "all_easy.sql"
-    easy.write_text(sql("grade").replace("when k < $k then 'incomplete_group'", "when true then 'easy'"))
+    easy.write_text(sql("grade").replace("when incomplete then 'incomplete_group'", "when true then 'easy'"))
     dypo("grade", a_copy, "--round", 1, "--set", f"grade.query={easy}")
     got = dypo("run", a_copy, "--regenerate")
     assert "reason empty" in got.stdout

@@ -179,7 +179,7 @@ def test_nothing_to_train_on_is_said_with_the_grades(a_copy: Path) -> None:
     easy = a_copy.parent / "all_easy.sql"
     from pipeline.store import sql
 
-    easy.write_text(sql("grade").replace("when k < $k then 'incomplete_group'", "when true then 'easy'"))
+    easy.write_text(sql("grade").replace("when incomplete then 'incomplete_group'", "when true then 'easy'"))
     dypo("grade", a_copy, "--round", 1, "--set", f"grade.query={easy}")
     assert "no row to train on" in refused("train", a_copy, "--round", 1)
 

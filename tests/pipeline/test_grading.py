@@ -8,13 +8,14 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import store
+from pipeline import grading, store
 from pipeline.context import load
 from pipeline.policy import Renderer
 from pipeline.stage import describe_part
 from pipeline.stages import grade
 from pipeline.store import connect, partition, sql
 from schemas.errors import UserError
+from tests.bench.grade import answered, loop, with_polars
 from tests.bench.made_run import make
 
 ROWS = 40_000
@@ -73,11 +74,18 @@ def test_one_thread_and_several_write_the_same_parts_byte_for_byte(made: Path, m
     assert stored == sorted(stored)
 
 
-def test_it_is_what_polars_makes_of_the_rows(made: Path, tmp_path: Path) -> None:
-    from tests.bench.grade import answered, with_polars
+def test_slices_of_the_prompts_end_in_the_same_parts_as_all_at_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = again(made)
+    settings = ["grade.curriculum='pass_rate'"]
+    weighed = again(made, *settings)
+    monkeypatch.setattr(grading, "ROWS_PER_MB", 10)  # 384 MB: slices of 3,840 rollouts
+    assert again(made) == whole
+    assert again(made, *settings) == weighed != whole
 
+
+def test_it_is_what_polars_and_a_plain_loop_make_of_the_rows(made: Path, tmp_path: Path) -> None:
     again(made)
-    assert answered(made) == with_polars(made, tmp_path)
+    assert answered(made) == with_polars(made, tmp_path) == loop(made, tmp_path)
 
 
 def test_grading_that_was_killed_leaves_a_scratch_folder_that_the_next_one_sweeps(made: Path) -> None:
