@@ -13,9 +13,9 @@ from pipeline.store import Partition
 from schemas.scorers import UserScorer
 
 
-def score_round(ctx: Context, round: int) -> list[Outcome]:
-    """Verdicts on the round's rollouts and on the traces that are there (grading wants every teacher's)."""
-    return score.run(ctx, judged_in(ctx, round))
+def score_round(ctx: Context, round: int, *, again: bool = False) -> list[Outcome]:
+    """Verdicts on the round's rollouts and on the traces that are there (grading wants every teacher's). again: see score.run."""
+    return score.run(ctx, judged_in(ctx, round), again=again)
 
 
 def judged_in(ctx: Context, round: int) -> list[tuple[str, Partition]]:

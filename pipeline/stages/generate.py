@@ -146,10 +146,11 @@ def _drawn(ctx: Context, round: int, ids: list[str]) -> list[str]:
 
 
 def sampling_config(ctx: Context, policy: str, sampling: Sampling) -> dict[str, Any]:
-    """The part of a policy engine's settings that its rows depend on."""
-    engine = ctx.recipe.rollouts.engine
-    config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": engine.type, **vars(sampling)}
-    return config | ({} if engine.type == "hf" else {"seeded": engine.seeded})
+    """The part of a policy engine's settings that its rows depend on. Stored log-probs are named where they are not as sampled."""
+    r = ctx.recipe.rollouts
+    config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": r.engine.type, **vars(sampling)}
+    config |= {} if r.engine.type == "hf" else {"seeded": r.engine.seeded}
+    return config | ({} if r.logprobs == "float32" else {"logprobs": r.logprobs})
 
 
 def rollout_spec(ctx: Context, round: int) -> Spec:
