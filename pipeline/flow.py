@@ -30,9 +30,10 @@ def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Ca
     while True:
         *told, drawn = generate.rollouts(ctx, round, regenerate=regenerate, reference=reference)
         yield from (*told, drawn)
-        yield from score_round(ctx, round)
-        if ctx.recipe.rollouts.sequential is None or drawn.added == 0:
-            break
+        scored = score_round(ctx, round)
+        yield from scored
+        if ctx.recipe.rollouts.sequential is None or (drawn.added == 0 and scored[0].action == "nothing"):
+            break  # else new verdicts may ask for more draws
     yield from grade.run(ctx, round)
 
 
