@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ from schemas.tables import ARROW
 LISTS = ("prompt_tokens", "tokens", "old_logprobs")
 ROUTED = pa.schema([f for f in ARROW["shards"] if f.name not in LISTS])
 WEIGHTS = pa.schema([("prompt_id", pa.string()), ("weight", pa.float64())])
+IDS = pa.schema([("prompt_id", pa.string())])
+STORED = """
+select view_name from duckdb_views() where not internal and not temporary
+union all
+select table_name from duckdb_tables() where not internal and not temporary
+order by all
+"""
 SLICED = (
     "rollouts",
     "scores",
@@ -98,16 +105,13 @@ class Grading:
         self._con.execute("set enable_external_file_cache = false")  # each file is read once or twice
         (cores,) = self._con.execute("select current_setting('threads')").fetchall()[0]
         self._con.execute(f"set threads = {max(1, min(cores, g.memory_mb // MB_PER_THREAD))}")
-        prompts = folder / "round_prompts.parquet"
-        ids = round_prompt_ids(ctx, round)
-        self._slices = _slices(ids, math.ceil(len(ids) * ctx.recipe.rollouts.k / (g.memory_mb * ROWS_PER_MB)))
-        self._con.register("drawn", pa.table({"prompt_id": ids}))
+        drawn, prompts = folder / "drawn.parquet", folder / "round_prompts.parquet"
+        _write(drawn, IDS, (pa.record_batch([ids], schema=IDS) for ids in round_prompt_ids(ctx, round)))
+        view_parts(self._con, "drawn", [drawn], IDS, "file_row_number=true")
+        self._slices = self._sliced(pq.read_metadata(drawn).num_rows)
         self._con.register("skipped", skips.rows(ctx, round))
         self._con.execute(f"copy ({sql('round_prompts')}) to $path", {"round": round, "path": str(prompts)})
-        self._con.unregister("drawn")
         self._con.unregister("skipped")
-        del ids
-        pa.default_memory_pool().release_unused()  # or what reading the ids took stays beside DuckDB's share
         view_parts(self._con, "round_prompts", [prompts], pa.schema([]))
         earlier = [f for p in partitions(ctx.run, "grades") if int(dict(p.keys)["round"]) < round for f in p.files()]
         view_parts(self._con, "earlier_grades", earlier, ARROW["grades"])
@@ -120,11 +124,9 @@ class Grading:
         """Makes `verdicts`, one row a rollout; UserError if a rollout has none, or a trace."""
         keys = {"k": self.ctx.recipe.rollouts.k}
         self._ordered_by_the_query(True)
-        paths: list[Path] = []
-        for _ in self._by_slices():
-            paths.append(self.folder / f"verdicts-{len(paths)}.parquet")
-            self._con.execute(f"copy ({sql('verdicts')}) to $path (compression lz4)", {**keys, "path": str(paths[-1])})
-        view_parts(self._con, "verdicts", paths, pa.schema([]))
+        for turn, _ in enumerate(self._by_slices()):
+            into = "insert into memory.main.verdicts" if turn else "create table memory.main.verdicts as"
+            self._con.execute(f"{into} {sql('verdicts')}", keys)
         for kind in ("rollouts", "traces"):
             if kind == "rollouts" and all(self._judged() for _ in self._by_slices()):
                 continue
@@ -259,22 +261,26 @@ class Grading:
         """Ours all say their order, which spares DuckDB to keep one; a user's may lean on the order of what it reads."""
         self._con.execute(f"set preserve_insertion_order = {not yes}")
 
+    def _sliced(self, prompts: int) -> list[tuple[str, str]]:
+        """The round's sorted prompts as ranges of about the same size, each its first and last id."""
+        rows = prompts * self.ctx.recipe.rollouts.k
+        n = max(1, min(math.ceil(rows / (self.ctx.recipe.grade.memory_mb * ROWS_PER_MB)), prompts))
+        cuts = [(prompts * i // n, prompts * (i + 1) // n - 1) for i in range(n)] if prompts else []
+        ends = ", ".join(str(place) for cut in cuts for place in cut) or "-1"
+        query = f"select file_row_number, prompt_id from drawn where file_row_number in ({ends})"
+        at = dict(self._con.execute(query).fetchall())
+        return [(at[first], at[last]) for first, last in cuts]
+
     def _by_slices(self, whole: bool = False) -> Iterator[None]:
         """One turn for each slice of the prompts, in which every view has the rows of its prompts only; `whole`: one turn for all.
 
         Grading and routing are of each prompt by itself, so the slices' results one after the other are the whole's; what DuckDB
         has to hold is that of a slice. Temporary views stand before the others of their name.
         """
-        if whole or len(self._slices) == 1:
+        if whole or len(self._slices) < 2:
             yield
             return
-        there = {
-            n
-            for (n,) in self._con.execute(
-                "select view_name from duckdb_views() where not internal and not temporary"
-            ).fetchall()
-        }
-        names = sorted(there & set(SLICED))
+        names = [n for (n,) in self._con.execute(STORED).fetchall() if n in SLICED]
         for first, last in self._slices:
             for name in names:
                 rows = f"select * from memory.main.{name} where prompt_id between '{first}' and '{last}'"
@@ -297,13 +303,6 @@ class Grading:
             raise UserError(
                 f"{name}: the query returned {bad.num_rows} rows that break a rule; the first ({where}): {first['why']}"
             )
-
-
-def _slices(ids: pa.Array, wanted: int) -> list[tuple[str, str]]:
-    """The sorted ids as so many ranges of about the same size, each its first and last id."""
-    n = max(1, min(wanted, len(ids)))
-    cuts = [len(ids) * i // n for i in range(n + 1)]
-    return [(ids[a].as_py(), ids[b - 1].as_py()) for a, b in pairwise(cuts) if b > a]
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:

@@ -6,6 +6,7 @@ that the digest is over, column by column in Arrow, and goes into one sha256. A 
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def digest_parts(paths: list[Path], table: str) -> str:
     declared = TABLES[table]
     columns = [*declared.key, *declared.content]
     whole, before = hashlib.sha256(b"["), None
-    for batch in _sorted(paths, columns, declared.key) if paths else ():
+    for batch in sorted_rows(paths, columns, declared.key):
         if batch.num_rows == 0:
             continue
         keys = _joined([_json(batch.column(name)) for name in declared.key])
@@ -37,17 +38,31 @@ def digest_parts(paths: list[Path], table: str) -> str:
     return whole.hexdigest()
 
 
-def digest_column(column: pa.Array) -> str:
+def digest_column(batches: Iterable[pa.Array]) -> str:
     """schemas.ids.digest of one column's values as a list."""
-    return hashlib.sha256(b"[" + _line(_json(column)) + b"]").hexdigest()
+    whole, first = hashlib.sha256(b"["), True
+    for batch in batches:
+        if len(batch):
+            whole.update(b"" if first else b",")
+            whole.update(_line(_json(batch)))
+            first = False
+    whole.update(b"]")
+    return whole.hexdigest()
 
 
-def _sorted(paths: list[Path], columns: list[str], key: tuple[str, ...]) -> pa.RecordBatchReader:
+def sorted_rows(
+    paths: list[Path], columns: Iterable[str], key: Iterable[str], where: str = "true"
+) -> Iterable[pa.RecordBatch]:
+    """Columns of parts in the order of their key, as a stream; memory does not grow with the rows."""
     import duckdb
+
+    if not paths:
+        return []
 
     con = duckdb.connect(config={"memory_limit": MEMORY, "threads": 2, "temp_directory": str(paths[0].parent / ".sort.tmp")})
     names, keys = (", ".join(f'"{c}"' for c in each) for each in (columns, key))
-    query = f"select {names} from read_parquet($paths, hive_partitioning=false, union_by_name=true) order by {keys}"
+    source = "read_parquet($paths, hive_partitioning=false, union_by_name=true)"
+    query = f"select {names} from {source} where {where} order by {keys}"
     return con.sql(query, params={"paths": [str(p) for p in paths]}).to_arrow_reader(BATCH)
 
 

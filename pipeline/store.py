@@ -39,6 +39,7 @@ ROW_GROUP = 1024  # of rows with texts or token lists: one prompt is a matter of
 ROW_GROUP_OF_KEYS = 64 * ROW_GROUP
 GROUPS_IN_PART = 64  # of a table that is written as a stream
 PARTITION_KEYS = {name: t.partitions for name, t in TABLES.items()} | {"checkpoints": ("round", "step")}
+_UNIQUE = ("rollout_id", "trace_id", "item_id", "id")  # a dictionary of them is as large as they are
 _SPLIT = ("prompt_tokens", "tokens", "logprobs", "old_logprobs")  # byte-stream split: 0.35 of raw for ids (measured)
 
 
@@ -186,13 +187,13 @@ def write_part(
     of = {META_MERGED: json.dumps(merged).encode()} if merged else {}
     schema = ARROW[table]
     split = [f"{f.name}.list.element" for f in schema if f.name in _SPLIT]
-    whole = [f.name for f in schema if f.name not in _SPLIT]
+    whole = [f.name for f in schema if f.name not in _SPLIT and f.name not in _UNIQUE]
     with pq.ParquetWriter(
         path,
         schema.with_metadata({**(schema.metadata or {}), META_FINGERPRINT: fingerprint.encode(), **of}),
         compression="zstd",
         write_page_checksum=True,
-        use_dictionary=whole if split else True,  # pyright: ignore[reportArgumentType]
+        use_dictionary=whole,  # pyright: ignore[reportArgumentType]
         column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT") if split else None,  # pyright: ignore[reportArgumentType]
     ) as writer:
         for group in groups:

@@ -6,7 +6,7 @@ one part file. What it could not produce becomes a row of table `failures`, and 
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.context import Context
 from pipeline.engines.base import Ask, Engine, Failure, Sample, Sampling
 from pipeline.failures import record, settle
 from pipeline.progress import progress
+from pipeline.rows_digest import sorted_rows
 from pipeline.skips import wanted as not_skipped
 from pipeline.stage import (
     Outcome,
@@ -128,13 +128,15 @@ def round_prompts(ctx: Context, round: int) -> list[dict[str, Any]]:
     return [r for r in rows if r["prompt_id"] in drawn]
 
 
-def round_prompt_ids(ctx: Context, round: int) -> pa.Array:
-    """The ids of `round_prompts`, sorted, without reading anything else."""
+def round_prompt_ids(ctx: Context, round: int) -> Iterator[pa.Array]:
+    """The ids of `round_prompts`, sorted, a batch at a time, without reading anything else."""
     need(ctx.run, "prompts", {}, command=f"dypo ingest {ctx.run}")
-    rows = read_parts(ctx.part("prompts").files(), "prompts", ["prompt_id", "split"])
-    ids = rows.filter(pc.field("split") == "train").column("prompt_id").combine_chunks().sort()
-    n = ctx.recipe.rollouts.prompts_per_round
-    return ids if n is None or n >= len(ids) else pa.array(sorted(_drawn(ctx, round, ids.to_pylist())), pa.string())
+    train = sorted_rows(ctx.part("prompts").files(), ["prompt_id"], ["prompt_id"], "split = 'train'")
+    ids = (batch.column("prompt_id") for batch in train)
+    if ctx.recipe.rollouts.prompts_per_round is None:
+        yield from ids
+    else:
+        yield pa.array(sorted(_drawn(ctx, round, [i for batch in ids for i in batch.to_pylist()])), pa.string())
 
 
 def _drawn(ctx: Context, round: int, ids: list[str]) -> list[str]:

@@ -77,8 +77,8 @@ from judged
 """
 ONE_TOKEN = ("[3::integer]", "[(-0.5)::float]")
 MANY_TOKENS = (  # 0.5 to 1.5 times {tokens}, ids and log-probs as good as random
-    "[(hash(i, j) % 32000)::integer for j in range({tokens} // 2 + hash(i) % {tokens})]",
-    "[-((hash(j, i) % 1000003) / 250000.0)::float for j in range({tokens} // 2 + hash(i) % {tokens})]",
+    "[(hash(i, j) % 32000)::integer for j in range({tokens} // 2 + (hash(i) % {tokens})::bigint)]",
+    "[-((hash(j, i) % 1000003) / 250000.0)::float for j in range({tokens} // 2 + (hash(i) % {tokens})::bigint)]",
 )
 
 
