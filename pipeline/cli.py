@@ -214,7 +214,7 @@ def score(
 
         return _show_rescored(rescore(target, set or [], round, against), target, set or [], as_json)
     with _writing(target, set) as ctx:
-        _tell(score_round(ctx, ctx.newest_round() if round is None else round), as_json)
+        _tell(score_round(ctx, ctx.newest_round() if round is None else round, again=True), as_json)
 
 
 @app.command()

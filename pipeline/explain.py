@@ -32,6 +32,12 @@ WHY = {
     "incomplete_group": "not trained on: only {k} rollouts are there",
     "stale": "not trained on: its rollouts are of round {source_round}",
 }
+SKIPPED = {
+    "sure": "only {draws} of {k} rollouts were drawn: then it was sure, with a chance of {chance:.2f}, that the whole group is {grade}",
+    "unmoved": "not drawn anew but graded on the rollouts of round {source_round}: unmoved, it was {grade} there as before",
+    "budget": "not drawn anew but graded on the rollouts of round {source_round}: the round's token budget did not reach it",
+    "stale": "not drawn anew but graded on the rollouts of round {source_round}: the round's token budget did not reach it, and they are too old to train on",
+}
 
 PROMPT = "select prompt_id, messages, answer, verifier, source, split, metadata from prompts where prompt_id = $id"
 CONTAMINATION = """
@@ -58,6 +64,12 @@ order by stage, round, step, suite, teacher, sample
 GRADES = """
 select round, source_round, policy, k, successes, unjudged, grade, traces, reason
 from grades
+where prompt_id = $id
+order by round
+"""
+SKIPS = """
+select round, source_round, draws, skipped, grade, chance, why
+from skips
 where prompt_id = $id
 order by round
 """
@@ -103,12 +115,14 @@ def explain(con: "duckdb.DuckDBPyConnection", prompt_id: str) -> dict[str, Any]:
     for trace in traces:
         trace["sampling"] = json.loads(trace["sampling"])
     rounds: dict[int, Row] = {}
-    for key, query in (("grade", GRADES), ("rollouts", ROLLOUTS), ("shards", SHARDS), ("draws", DRAWS)):
+    for key, query in (("grade", GRADES), ("skip", SKIPS), ("rollouts", ROLLOUTS), ("shards", SHARDS), ("draws", DRAWS)):
         for row in _rows(con, query, found):
             number = row.pop("round")
-            at = rounds.setdefault(number, {"round": number, "grade": None, "rollouts": [], "shards": [], "draws": []})
-            if key == "grade":
-                at["grade"] = row
+            at = rounds.setdefault(
+                number, {"round": number, "grade": None, "skip": None, "rollouts": [], "shards": [], "draws": []}
+            )
+            if key in ("grade", "skip"):
+                at[key] = row
             else:
                 at[key].append(row)
     for at in rounds.values():
@@ -171,7 +185,20 @@ def _listed(rows: list[tuple[str, str]]) -> str:
 
 
 def _why(at: Row) -> str:
-    """One sentence on what happened to the prompt in a round."""
+    """One sentence on what happened to the prompt in a round, and where its group was not drawn whole, why that was."""
+    return "; ".join(filter(None, [_graded(at), _skipped(at["skip"])]))
+
+
+def _skipped(skip: Row | None) -> str:
+    if skip is None:
+        return ""
+    why = SKIPPED[skip["why"]].format(**skip, k=skip["draws"] + skip["skipped"])
+    if skip["why"] == "sure" or skip["chance"] is None:
+        return why
+    return f"{why}; that group was not drawn to its end, {skip['grade']} with a chance of {skip['chance']:.2f}"
+
+
+def _graded(at: Row) -> str:
     grade, steps = at["grade"], sorted({d["step"] for d in at["draws"]})
     if grade is None:
         return "not graded in this round" + (": score and grade its rollouts" if at["rollouts"] else "")

@@ -13,9 +13,9 @@ from pipeline.store import Partition
 from schemas.scorers import UserScorer
 
 
-def score_round(ctx: Context, round: int) -> list[Outcome]:
-    """Verdicts on the round's rollouts and on the traces that are there (grading wants every teacher's)."""
-    return score.run(ctx, judged_in(ctx, round))
+def score_round(ctx: Context, round: int, *, again: bool = False) -> list[Outcome]:
+    """Verdicts on the round's rollouts and on the traces that are there (grading wants every teacher's). again: see score.run."""
+    return score.run(ctx, judged_in(ctx, round), again=again)
 
 
 def judged_in(ctx: Context, round: int) -> list[tuple[str, Partition]]:
@@ -30,9 +30,10 @@ def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Ca
     while True:
         *told, drawn = generate.rollouts(ctx, round, regenerate=regenerate, reference=reference)
         yield from (*told, drawn)
-        yield from score_round(ctx, round)
-        if ctx.recipe.rollouts.sequential is None or drawn.added == 0:
-            break
+        scored = score_round(ctx, round)
+        yield from scored
+        if ctx.recipe.rollouts.sequential is None or (drawn.added == 0 and scored[0].action == "nothing"):
+            break  # else new verdicts may ask for more draws
     yield from grade.run(ctx, round)
 
 

@@ -168,7 +168,7 @@ def memory(model: Model, recipe: Recipe, slots: int, group: Group) -> dict[str, 
     ends = 5 * word * model.hidden * slots  # the last norm, and the rows that predict, with their gradient
     tile = word * min(TILE_BYTES // 4, slots * model.vocabulary)
     head = 0 if t.lora else word * model.vocabulary * model.hidden
-    layer_backward = (2 if dtype == "bfloat16" else word) * 3 * model.intermediate * slots
+    layer_backward = (2 if dtype == "bfloat16" else word) * 5 * model.intermediate * slots
     if t.gradient_checkpointing:
         inputs = word * model.hidden * slots * model.layers
         rows["activations: each layer's input"] = inputs + ends
@@ -189,9 +189,9 @@ def _kept(model: Model, recipe: Recipe, group: Group) -> float:
     """Bytes that one layer keeps of one slot for its backward pass. H hidden, I intermediate, A heads x head width:
 
     norms       2 x (input H, normalised H: only where the norm's weight is trained)
-    linear      inputs: H for q, k, v; A for o; H for gate, up; I for down. Under autocast each has a bfloat16 copy of its own
+    linear      inputs: H for q, k, v; A for o; H for gate, up. Under autocast each has a bfloat16 copy of its own
     attention   `_attention` elements;  with norms of queries and keys 2 (A + K) more
-    gated MLP   gate I, its activation I, up I
+    gated MLP   gate I, up I; the activation and down's input are made again (trainer/gated_mlp.py)
     """
     h, i = model.hidden, model.intermediate
     a, k = model.heads * model.head, model.key_heads * model.head
@@ -199,9 +199,9 @@ def _kept(model: Model, recipe: Recipe, group: Group) -> float:
     extra = 2 * (a + k) if model.normed_heads else 0
     attention = _attention(a, k, group, on_cuda(recipe))
     if recipe.policy.dtype == "bfloat16":
-        return 4 * (norms + extra) + 2 * (5 * h + a + 4 * i + attention)
+        return 4 * (norms + extra) + 2 * (5 * h + a + 2 * i + attention)
     word = 8 if recipe.policy.dtype == "float64" else 4
-    return word * (norms + extra + 2 * h + a + 4 * i + attention)
+    return word * (norms + extra + 2 * h + a + 2 * i + attention)
 
 
 def _attention(a: int, k: int, group: Group, cuda: bool) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import skips
 from pipeline.context import Context
 from pipeline.flow import due_for_eval, final_step
 from pipeline.stage import Spec, changes, found_fingerprint
@@ -68,9 +69,13 @@ class _Plan:
         key = {"round": n}
         drawn = r.rollouts.prompts_per_round
         prompts = drawn if train_rows is None else min(drawn or train_rows, train_rows)
-        skipped = ctx.part("skips", **key).manifest() if r.rollouts.sequential or r.rollouts.reuse else None
-        wanted = None if prompts is None else prompts * r.rollouts.k - (int(skipped.facts["skipped"]) if skipped else 0)
+        wanted = None if prompts is None else prompts * r.rollouts.k
         sampled = (f"checkpoints/round={n - 1}",) if n else ()
+        if r.rollouts.sequential or r.rollouts.reuse:
+            self.look("skips", "skips", key, lambda: skips.spec(ctx, n), after=sampled)
+            found = ctx.part("skips", **key).manifest()
+            wanted = None if wanted is None or found is None else wanted - int(found.facts["skipped"])
+            sampled = (*sampled, f"skips/round={n}")
         spec = lambda: generate.rollout_spec(ctx, n)  # noqa: E731
         self.look("rollouts", "rollouts", key, spec, wanted, r.rollouts.max_tokens, sampled)
         self.score("rollout", "rollouts", key, wanted)

@@ -79,7 +79,9 @@ def _reused(ctx: Context, round: int, prompts: list[str]) -> list[Row]:
     con = open_views(ctx.run)
     con.register("round_prompts", pa.table({"prompt_id": pa.array(prompts, pa.string())}))
     k = ctx.recipe.rollouts.k
-    return ask(con, sql("reuse"), round=round, k=k, max_age=reuse.max_age, token_budget=reuse.token_budget).to_pylist()
+    _, policy = ctx.policy_of(round)
+    limits = {"max_age": reuse.max_age, "token_budget": reuse.token_budget}
+    return ask(con, sql("reuse"), round=round, k=k, policy=policy, **limits).to_pylist()
 
 
 def _standing(ctx: Context, round: int, prompts: list[str], sequential: Sequential) -> dict[str, Row]:

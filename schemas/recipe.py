@@ -223,7 +223,9 @@ class Reuse(Model):
 
     max_age: int = Field(default=2, ge=1, description="rounds after which any prompt is drawn anew")
     token_budget: int | None = Field(
-        default=None, ge=1, description="response tokens a round, as estimated from stored lengths"
+        default=None,
+        ge=1,
+        description="response tokens a round, as estimated from stored lengths; prompts never graded are drawn beyond it",
     )
 
 

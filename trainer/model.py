@@ -31,6 +31,7 @@ from schemas.errors import UserError
 from schemas.recipe import Policy
 from trainer import attention
 from trainer.batch import Batch, pack
+from trainer.gated_mlp import spare_products
 from trainer.vocabulary import token_logps
 
 PROBE_TOLERANCE = 1e-3  # nats; another mask is off by 0.1 and more, float32 rounding in deep models by 1e-4
@@ -112,6 +113,7 @@ def load_model(folder: Path, policy: Policy) -> PolicyLM:
     for module in lm.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # it would drop the pad token's gradient, and many policies pad with a token they use
+    spare_products(lm)
     model = packed_if_possible(lm)
     model.autocast = policy.dtype == "bfloat16"
     if model.why_not:

@@ -147,7 +147,8 @@ class VLLMSampler:
         try:
             if engine.folder != self.folder:
                 _watched(engine, lambda: engine.llm.collective_rpc("reload_weights", kwargs=weights))
-                _watched(engine, engine.llm.reset_prefix_cache)
+                if not _watched(engine, engine.llm.reset_prefix_cache):  # blocks of the old policy are left
+                    return [math.inf]
                 engine.folder = self.folder
             return self._differences(engine, asks, before)
         except Exception:  # whatever vLLM says: a new engine is the way out, and says it again if it cannot load them either

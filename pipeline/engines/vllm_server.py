@@ -9,8 +9,9 @@ batch the version is asked for again, and rows of a server that was restarted or
 
 The folder has to be readable for the server under the same path. Dev mode opens endpoints that anyone who reaches the port can
 call: keep it on loopback. Prompts go in and answers come out as token ids; each sample is a request of its own, with its own
-seed. On the CPU build seeds want --no-enable-chunked-prefill, and tied embeddings reload wrongly: there the probe refuses, and the
-way out is a server started on the new folder.
+seed. On the CPU build seeds want --no-enable-chunked-prefill, and tied embeddings reload wrongly: where the policy moved by more
+than the probe's limit it is refused, and the way out is a server started on the new folder. In bfloat16 that limit is 0.05, and
+less than that the probe cannot see.
 """
 
 import asyncio
@@ -90,18 +91,22 @@ class VLLMServerSampler:
 
     async def _ready(self, asks: list[Ask]) -> tuple[str, int]:
         """The served model's name and its max_model_len, once the server has this policy's weights and has shown it."""
+        model, length, root, version = await self._standing()
+        started_on = version == NEVER_RELOADED and Path(root).absolute() == self.folder.absolute()
+        if version != self.policy_id and not started_on:
+            await self._reload()
+        await self._probe(model, length, asks)
+        self._expected = (model, length, root, version if started_on else self.policy_id)
+        return model, length
+
+    async def _standing(self) -> tuple[str, int, str, str]:
+        """The served model's name, its max_model_len, the folder that the server was started on, and its weight version."""
         async with self._client("/v1") as client:
             card = (await client.models.list()).data[0]
         length = int(getattr(card, "max_model_len", 0))
         if not length:
             raise UserError(f"{self._where}: expected vLLM, whose /v1/models tells max_model_len; found another server")
-        version = await self._version()
-        started_on = version == NEVER_RELOADED and Path(getattr(card, "root", "")).absolute() == self.folder.absolute()
-        if version != self.policy_id and not started_on:
-            await self._reload()
-        await self._probe(card.id, length, asks)
-        self._expected = version if started_on else self.policy_id
-        return card.id, length
+        return card.id, length, str(getattr(card, "root", "")), await self._version()
 
     async def _version(self) -> str:
         async with self._client() as client:
@@ -120,7 +125,11 @@ class VLLMServerSampler:
             try:
                 await client.post("/update_weight_version", body={"new_version": "half loaded"}, cast_to=object)
                 await client.post("/collective_rpc", body=call, cast_to=object)
-                await client.post("/reset_prefix_cache", cast_to=object)
+                reset = await client.post("/reset_prefix_cache", cast_to=dict[str, Any])
+                if not reset.get("success"):
+                    raise WorkError(
+                        f"{self._where}: its prefix cache was not reset, so it would answer from the old policy's. Start it anew"
+                    )
                 await client.post("/update_weight_version", body={"new_version": self.policy_id}, cast_to=object)
             finally:
                 await client.post("/resume", cast_to=object)
@@ -170,9 +179,10 @@ class VLLMServerSampler:
 
         async with self._client("/v1") as client:
             found = await asyncio.gather(*(one(ask, sample) for ask, sample in rows))
-        if (version := await self._version()) != self._expected:
+        if (now := await self._standing()) != self._expected:
             raise WorkError(
-                f"{self._where}: expected weight version {self._expected} still, found {version}: the server was restarted, or reloaded by "
+                f"{self._where}: expected it to be {self._expected} still (model, length, root, weight version), found {now}: it was "
+                "restarted, or reloaded by "
                 f"somebody else, while it sampled {self.folder}. The last {len(rows)} rows were not kept; run the same command again"
             )
         return found
@@ -193,9 +203,11 @@ class VLLMServerSampler:
 
 def _unpack(choice: Any) -> tuple[list[int], list[float]]:
     """A completion's ids, end-of-sequence included, and the log-prob of each."""
-    ids, logprobs = list(choice.token_ids), list(choice.logprobs.token_logprobs)
-    if len(ids) != len(logprobs):
-        raise WorkError(f"vLLM's server: expected a log-prob for each of {len(ids)} tokens, found {len(logprobs)}")
+    ids, logprobs = getattr(choice, "token_ids", None), getattr(choice.logprobs, "token_logprobs", None)
+    if ids is None or logprobs is None or len(ids) != len(logprobs):
+        raise WorkError(
+            "vLLM's server: expected token_ids and a log-prob for each of them, found a choice without. It has to know return_token_ids"
+        )
     return ids, logprobs
 
 

@@ -2,7 +2,7 @@
 
 The judge is asked once for each (rubric, question, reference, answer) and told to end with a line `Score: x`, x from 0 to 1: that is the
 reward, and correct is a reward from `correct_at` on. A reply without such a line, or no reply, is status error: nothing is known of the
-answer. What was asked is hashed into the verdict's detail, before the reply's own words, so that stored verdicts are the memory
+answer; where there was no reply (`NO_REPLY`), the next `dypo score` asks again. What was asked is hashed into the verdict's detail, before the reply's own words, so that stored verdicts are the memory
 (`remembered`): another threshold, a later round or a scoring again asks nothing twice. Requests, retries and their limits are the
 engine's (pipeline/engines/openai.py). What stands before the last </think> is not shown to the judge.
 """
@@ -18,6 +18,7 @@ from schemas.scorers import JudgeScorer
 
 VERSION = 1
 DETAIL_CHARS = 600
+NO_REPLY = "the judge gave no reply: "  # how the detail of such a verdict begins
 
 _ASKED = re.compile(r"asked ([0-9a-f]{32}): ")
 _SCORE = re.compile(r"^[\s*_#>`-]*score[\s*_`]*[:=][\s*_`]*((?:0|1)?\.\d+|[01])[\s*_`.]*$", re.IGNORECASE | re.MULTILINE)
@@ -95,7 +96,7 @@ def remembered(rows: Mapping[str, Sequence]) -> Memory:
 
 def _read(config: JudgeScorer, result: Sample | Failure, memory: Memory) -> Verdict:
     if isinstance(result, Failure):
-        return error(f"the judge gave no reply: {result.why}"[:DETAIL_CHARS])
+        return error(f"{NO_REPLY}{result.why}"[:DETAIL_CHARS])
     reply = " ".join(result.text.split())
     scores = _SCORE.findall(result.text.rpartition("</think>")[2])
     if not scores or not 0 <= float(scores[-1]) <= 1:

@@ -42,6 +42,8 @@ def value(expr: Any) -> complex | None:
 def _value(expr: Any, depth: int) -> tuple[complex, float]:
     """The value and how far off rounding may have put it. ValueError where there is none to be had."""
     if expr.is_Symbol:
+        if not expr.name.isalpha():
+            raise ValueError  # \mathbf{5} is a letter of the name 5, which math-verify finds equal to the number
         return 1.0 + zlib.crc32(expr.name.encode()) / 2**32, 0.0
     if expr.is_Number or expr.is_NumberSymbol:
         number = float(expr)

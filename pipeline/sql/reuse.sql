@@ -1,9 +1,10 @@
 -- reuse.sql
 -- grain: one row per prompt of the round whose rollouts are not drawn anew: which round's stored ones stand for them, and why.
--- reads: grades, rollouts, skips, round_prompts. parameters: $round, $k, $max_age, $token_budget (null: none).
+-- reads: grades, rollouts, skips, round_prompts. parameters: $round, $k, $policy (that the round samples),
+-- $max_age, $token_budget (null: none).
 -- Drawn anew: prompts never graded, those whose newest own grade is mid, that moved between their last two, that were not judged, or
 -- whose rollouts are older than $max_age rounds. Under a budget in that order (never graded first), as far as k of the lengths
--- that the prompt's rollouts had go; what it cannot pay for is reused whatever its grade, or is stale if it is too old.
+-- that the prompt's rollouts had go (never graded ones are drawn whatever it says); what it cannot pay for is reused whatever its grade, or is stale if it is too old.
 with history as (
     select
         prompt_id,
@@ -56,5 +57,8 @@ select
 from standing as s
 left join paid as p on p.prompt_id = s.prompt_id
 left join skips as old on old.prompt_id = s.prompt_id and old.round = s.source_round
-where s.source_round is not null and (s.need is null or p.spent > $token_budget)
+where
+    s.source_round is not null
+    and (s.need is null or p.spent > $token_budget)
+    and s.prompt_id not in (select prompt_id from rollouts where round = $round and policy = $policy)
 order by s.prompt_id

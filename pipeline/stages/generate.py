@@ -29,7 +29,6 @@ from pipeline.stage import (
     finish,
     finished,
     found_fingerprint,
-    make_table,
     need,
     nothing,
     parts_of,
@@ -148,10 +147,11 @@ def _drawn(ctx: Context, round: int, ids: list[str]) -> list[str]:
 
 
 def sampling_config(ctx: Context, policy: str, sampling: Sampling) -> dict[str, Any]:
-    """The part of a policy engine's settings that its rows depend on."""
-    engine = ctx.recipe.rollouts.engine
-    config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": engine.type, **vars(sampling)}
-    return config | ({} if engine.type == "hf" else {"seeded": engine.seeded})
+    """The part of a policy engine's settings that its rows depend on. Stored log-probs are named where they are not as sampled."""
+    r = ctx.recipe.rollouts
+    config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": r.engine.type, **vars(sampling)}
+    config |= {} if r.engine.type == "hf" else {"seeded": r.engine.seeded}
+    return config | ({} if r.logprobs == "float32" else {"logprobs": r.logprobs})
 
 
 def rollout_spec(ctx: Context, round: int) -> Spec:
@@ -169,14 +169,24 @@ def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: R
     drawn = [row for row in rows if row["prompt_id"] in samples]
     it = rollout_spec(ctx, round)
     if rows and not drawn:  # stored ones stand for every prompt
-        return [*outcomes, nothing(it) if current(it) else make_table(it, ARROW["rollouts"].empty_table())]
+        return [*outcomes, _nothing_to_draw(it, regenerate)]
     work = [replace(ask, samples=tuple(range(samples[ask.prompt_id]))) for ask in asks(drawn, r.k, (ctx.recipe.seed, round))]
     sampling = Sampling(r.temperature, r.top_p, r.max_tokens)
     made = sample_policy(
         ctx, it, work, sampling, ctx.policy_of(round), {"round": round},
-        regenerate=regenerate, reference=reference, max_failed=r.max_failed,
+        regenerate=regenerate, reference=reference,
+        max_failed=min(1.0, r.max_failed * len(rows) / max(1, len(drawn))),  # a share of the round's prompts, drawn anew or not
     )  # fmt: skip
     return [*outcomes, made]
+
+
+def _nothing_to_draw(it: Spec, regenerate: bool) -> Outcome:
+    """The partition of a round for whose prompts stored rollouts stand: it may be empty."""
+    if current(it):
+        return nothing(it)
+    begin(it, regenerate=regenerate)
+    it.partition.folder.mkdir(parents=True, exist_ok=True)
+    return finish(it)
 
 
 def sample_policy(

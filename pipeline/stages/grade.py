@@ -14,7 +14,7 @@ from pipeline import skips
 from pipeline.context import Context
 from pipeline.grading import Grading, curriculum_text, query_text, scratch
 from pipeline.rows_digest import digest_column
-from pipeline.stage import Outcome, Spec, current, need, nothing, place_parts, restore
+from pipeline.stage import Outcome, Spec, changes, current, need, nothing, place_parts, restore
 from pipeline.stages.generate import round_prompt_ids
 from schemas.errors import UserError
 from schemas.ids import digest
@@ -85,6 +85,7 @@ def run(ctx: Context, round: int) -> list[Outcome]:
     """Grades one round and routes it."""
     _need_inputs(ctx, round)
     _refuse_unreliable_verdicts(ctx, round)
+    _refuse_old_skips(ctx, round)
     it = grade_spec(ctx, round)
     restore(it)
     if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):
@@ -139,6 +140,17 @@ def _refuse_unreliable_verdicts(ctx: Context, round: int) -> None:
                 "length. Raise rollouts.max_tokens and generate again, sample a policy that ends its answers, or, if they are to count as "
                 "wrong, raise score.max_truncated"
             )
+
+
+def _refuse_old_skips(ctx: Context, round: int) -> None:
+    """UserError where what need not be drawn was decided from other verdicts, grades or settings than there are now."""
+    r = ctx.recipe.rollouts
+    if (r.sequential or r.reuse) and not current(it := skips.spec(ctx, round)):
+        found = it.partition.manifest()
+        raise UserError(
+            f"{it.partition.folder}: {changes(it, found) if found else 'not there'}, so it is open which groups are to be drawn on. "
+            f"Run `dypo generate rollouts {ctx.run} --round {round}` first, and `dypo score` if it draws"
+        )
 
 
 def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -13,12 +14,13 @@ import pyarrow as pa
 
 from pipeline.context import Context
 from pipeline.progress import progress
+from pipeline.rows_digest import digest_parts
 from pipeline.scorers import Item, Verdict, VerdictPool, judge, recorded
 from pipeline.scorers import version as scorer_version
 from pipeline.scorers.pool import decided_unread
 from pipeline.scorers.user import source_hash
-from pipeline.stage import Outcome, Spec, begin, counts, current, finish, need, nothing, parts_of, set_aside
-from pipeline.store import Partition, read_parts
+from pipeline.stage import Outcome, Spec, begin, counts, current, describe_part, finish, need, nothing, parts_of, set_aside
+from pipeline.store import MERGED, Partition, as_declared, publish, read_parts, write_part
 from schemas.errors import UserError, WorkError
 from schemas.ids import text_sha
 from schemas.recipe import ReplayEngine
@@ -62,8 +64,11 @@ def _code(verifier: ScorerConfig) -> dict[str, str]:
     return {"function": verifier.function.rpartition(":")[2], "code": source_hash(verifier)}
 
 
-def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
-    """Scores some partitions, given with their kind. One pool serves them all and starts only when there is work."""
+def run(ctx: Context, sources: list[tuple[str, Partition]], *, again: bool = False) -> list[Outcome]:
+    """Scores some partitions, given with their kind. One pool serves them all and starts only when there is work.
+
+    again: asks judges once more where they gave no reply. Verdicts that change make later stages stale, so only `dypo score` does.
+    """
     outcomes = []
     with ExitStack() as stack:
         workers = Workers(ctx, stack)
@@ -74,7 +79,10 @@ def run(ctx: Context, sources: list[tuple[str, Partition]]) -> list[Outcome]:
             begin(it)
             if (found := it.partition.manifest()) and _too_many_failed(ctx, found.failed, found.rows):
                 set_aside(it)  # the user has mended something: judge anew
-            outcomes.append(_judged(ctx, it, kind, source, workers))
+            outcome = _judged(ctx, it, kind, source, workers)
+            if again and outcome.action != "made":
+                outcome = _asked_again(ctx, it, kind, source, workers) or outcome
+            outcomes.append(outcome)
     for outcome in outcomes:
         _refuse_a_broken_verifier(ctx, outcome)
     return outcomes
@@ -143,6 +151,51 @@ def _judged(ctx: Context, it: Spec, kind: str, source: Partition, workers: Worke
     return _finish(it, started)
 
 
+def _asked_again(ctx: Context, it: Spec, kind: str, source: Partition, workers: Workers) -> Outcome | None:
+    """Asks judges once more for the verdicts that had no reply; None if there are none. What they say now takes those verdicts'
+    place, that of a server that dies on the way too."""
+    judges = [name for name, each in ctx.recipe.score.verifiers.items() if isinstance(each, JudgeScorer)]
+    no_reply = (pl.col("status") == "error") & pl.col("verifier").is_in(judges)
+    no_reply &= pl.col("detail").str.starts_with(judge.NO_REPLY).fill_null(False)
+    silent: dict[Path, pl.DataFrame] = {}  # parts that have such verdicts
+    for path in parts_of(it) if judges else []:
+        stored = _frame(read_parts([path], "scores"))
+        if stored.filter(no_reply).height:
+            silent[path] = stored
+    if not silent:
+        return None
+    missing = pl.concat(silent.values()).filter(no_reply)
+    done, left = _verdicts(it).join(missing, on="id", how="anti"), missing.height
+    found = [ARROW["scores"].empty_table()]
+    try:
+        for rows in _new_rows(ctx, it, kind, source, done, left, workers):
+            found.append(rows)
+    finally:
+        replies = _frame(pa.concat_tables(found)).filter(~no_reply)
+        if replies.height:
+            kept = pl.concat(silent.values()).join(replies, on="id", how="anti", maintain_order="left")
+            _replace(it, list(silent), pl.concat([kept, replies]).to_arrow())
+    if not replies.height:
+        return replace(nothing(it), why=f"{left} verdicts have no reply of their judge; asked again, it gave none")
+    return replace(nothing(it), action="added", why="", added=replies.height)
+
+
+def _replace(it: Spec, paths: list[Path], rows: pa.Table) -> None:
+    """Puts these rows in the place of those parts, of a complete partition, at one instant: when the manifest is written."""
+    part, manifest = it.partition, it.partition.manifest()
+    assert manifest is not None
+    names = [path.name for path in paths]
+    groups = [as_declared(rows, part.table)]
+    write = partial(write_part, table=part.table, groups=groups, fingerprint=it.fingerprint, merged=names)
+    new = describe_part(publish(part.folder / part.next_part(MERGED), write))
+    parts = [each for each in manifest.parts if each.name not in names] + [new]
+    files = [part.folder / each.name for each in parts]
+    statuses, failed = _statuses(files)
+    facts = {**manifest.facts, "statuses": statuses}
+    digested = digest_parts(files, part.table)
+    part.complete(manifest.model_copy(update={"parts": parts, "rows_digest": digested, "failed": failed, "facts": facts}))
+
+
 def _refuse_unrecorded(ctx: Context, kind: str, source: Partition) -> None:
     """UserError if the recorded column that is to judge traces stands in none of them."""
     if (column := _recorded(ctx, kind, source)) is None:
@@ -162,7 +215,11 @@ def _refuse_unrecorded(ctx: Context, kind: str, source: Partition) -> None:
 
 def _verdicts(it: Spec) -> pl.DataFrame:
     """What has been judged already: id and the hash of the text."""
-    frame = pl.from_arrow(read_parts(parts_of(it), "scores", ["id", "text_sha"]))
+    return _frame(read_parts(parts_of(it), "scores", ["id", "text_sha"]))
+
+
+def _frame(rows: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(rows)
     assert isinstance(frame, pl.DataFrame)
     return frame
 
@@ -182,6 +239,14 @@ def _judgeable(ctx: Context, kind: str, source: Partition) -> Iterator[pl.DataFr
 
 def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, workers: Workers) -> None:
     """Judges what the anti-join leaves."""
+    for rows in _new_rows(ctx, it, kind, source, done, left, workers):
+        it.partition.write(rows, it.fingerprint)
+
+
+def _new_rows(
+    ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFrame, left: int, workers: Workers
+) -> Iterator[pa.Table]:
+    """Verdicts on what is not in `done`, in tables that are each worth a part."""
     keys = {"kind": kind, "round": None, "step": None, "suite": None, "teacher": None, **dict(source.keys)}
     column = _recorded(ctx, kind, source)
     with progress(it.partition.label, done.height + left, done.height) as bar:
@@ -202,7 +267,7 @@ def _score(ctx: Context, it: Spec, kind: str, source: Partition, done: pl.DataFr
                         }
                         for at, v in found
                     ]  # fmt: skip
-                    it.partition.write(pa.Table.from_pylist(rows, schema=ARROW["scores"]), it.fingerprint)
+                    yield pa.Table.from_pylist(rows, schema=ARROW["scores"])
                     bar.advance(len(rows))
 
 
@@ -266,9 +331,14 @@ def _item(row: dict[str, Any]) -> Item:
 
 
 def _finish(it: Spec, started: float) -> Outcome:
-    statuses = counts(read_parts(parts_of(it), "scores", ["status"]), "status")
-    failed = statuses.get("timeout", 0) + statuses.get("error", 0)
+    statuses, failed = _statuses(parts_of(it))
     return finish(it, facts={"statuses": statuses}, failed=failed, started=started)
+
+
+def _statuses(paths: list[Path]) -> tuple[dict[str, int], int]:
+    """How often each status stands in these parts, and how many verdicts are missing."""
+    statuses = counts(read_parts(paths, "scores", ["status"]), "status")
+    return statuses, statuses.get("timeout", 0) + statuses.get("error", 0)
 
 
 def _too_many_failed(ctx: Context, failed: int, rows: int) -> bool:

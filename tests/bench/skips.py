@@ -126,7 +126,7 @@ def _reused(round: int, prompts: list[str], history: list[dict[str, Any]], drawn
     """What reuse.sql answers over the grades so far."""
     con = duckdb.connect()
     lengths = [
-        {"prompt_id": p, "round": r, "length": n}
+        {"prompt_id": p, "round": r, "policy": "", "length": n}
         for r, each in drawn.items()
         for p, samples in each.items()
         for _, n in samples

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import polars as pl
 
-from tests.pipeline.engines.test_openai import Answer, Serve, chat, serve
+from pipeline.store import partition
+from tests.pipeline.engines.test_openai import Answer, Serve, chat, refusal, serve
 from tests.pipeline.scorers.test_judge import answer_shown
 from tests.tiny_runs import dypo, table
 
@@ -78,3 +79,67 @@ def test_malformed_replies_are_no_fault_of_the_policy(a_copy: Path, serve: Serve
     dypo("grade", a_copy, "--round", 0)
     grades = table(a_copy, "grades").filter(pl.col("round") == 0, pl.col("prompt_id").is_in(bad["prompt_id"].to_list()))
     assert set(grades["reason"]) == {"unjudged"}
+
+
+def test_what_had_no_reply_is_asked_again_by_the_next_score_and_nothing_else_is(a_copy: Path, serve: Serve) -> None:
+    def failing(n: int, body: dict) -> Answer:
+        last = answer_shown(body)[-1]
+        return refusal(500, "overloaded") if last == "7" else chat("No.") if last == "3" else by_last_digit(n, body)
+
+    def score_again(url: str, check: bool = True):
+        return score(a_copy, url, "score.max_failed=0.5", check=check)
+
+    first = serve(failing)
+    score_again(first.url)
+    before = judged(a_copy)
+    silent = before.filter(pl.col("detail").str.starts_with("the judge gave no reply"))
+    assert 0 < silent.height < before.filter(pl.col("status") == "error").height
+    dypo("grade", a_copy, "--round", 0)
+    grades = partition(a_copy, "grades", {"round": 0}).manifest()
+
+    score_again(
+        serve(lambda n, body: chat("?", finish="content_filter")).url
+    )  # no reply again: the same rows, so the grades hold
+    assert judged(a_copy).select("id", "status", "reward").equals(before.select("id", "status", "reward"))
+    dypo("grade", a_copy, "--round", 0)
+    assert partition(a_copy, "grades", {"round": 0}).manifest() == grades
+
+    recovered = serve(by_last_digit)
+    told = score_again(recovered.url)
+    assert f"added {silent.filter(pl.col('kind') == 'rollout').height} rows" in told.stdout
+    after = judged(a_copy)
+    assert {answer_shown(body)[-1] for body in recovered.requests} == {"7"}
+    assert after.join(silent, on="id", how="anti").equals(before.join(silent, on="id", how="anti"))
+    assert set(after.join(silent, on="id", how="semi")["status"]) == {"ok"}
+    dypo("verify", a_copy)
+
+    asked = len(recovered.requests)
+    assert "nothing to do" in score_again(recovered.url).stdout
+    assert judged(a_copy).equals(after)
+    assert len(recovered.requests) == asked
+
+
+def test_a_server_that_is_gone_when_asked_again_leaves_the_verdicts_and_what_it_still_said(
+    a_copy: Path, serve: Serve
+) -> None:
+    def failing(n: int, body: dict) -> Answer:
+        return refusal(500, "overloaded") if answer_shown(body)[-1] == "7" else by_last_digit(n, body)
+
+    def score_again(url: str):
+        return score(a_copy, url, "score.max_failed=0.5", concurrency=1, check=False)
+
+    assert score_again(serve(failing).url).returncode == 0
+    before = judged(a_copy)
+    assert score_again("http://127.0.0.1:9/v1").returncode == 1
+    assert judged(a_copy).equals(before)
+    assert score_again(serve(lambda n, body: by_last_digit(n, body) if n < 3 else refusal(401)).url).returncode == 1
+    assert 3 <= judged(a_copy).filter(pl.col("status") == "ok").height - before.filter(pl.col("status") == "ok").height < 17
+    dypo("grade", a_copy, "--round", 0)
+    last = serve(by_last_digit)
+    assert score_again(last.url).returncode == 0
+    rows = judged(a_copy)
+    assert rows.filter(pl.col("status") == "error").is_empty()
+    assert (
+        len(last.requests)
+        == rows.filter(pl.col("extracted") == "0.778").select(pl.col("detail").str.slice(0, 38)).n_unique() - 3
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from tests.tiny_runs import dypo, table, write_recipe
+from tests.tiny_runs import ROOT, dypo, table, write_recipe
 
 SEQUENTIAL = "sequential = { block = 2, confidence = 0.6 }\n"
 REUSE = "reuse = { max_age = 1 }\n"
@@ -136,3 +136,65 @@ def test_without_the_options_nothing_is_skipped_and_old_skips_are_not_read(tmp_p
         dypo(*command, plain, "--round", 0)
     mine = table(tmp_path / "run", "grades")
     assert mine.equals(table(whole, "grades").filter(pl.col("round") == 0))
+
+
+def test_a_run_that_finds_drawn_blocks_without_verdicts_goes_on_to_the_end(tmp_path: Path) -> None:
+    """What a kill between generate and score leaves."""
+    path = recipe(tmp_path, SEQUENTIAL)
+    dypo("ingest", path)
+    dypo("generate", path)
+    dypo("run", path, "--set", "rounds=1", "--set", "eval.suites=[]", "--set", "train.steps=1")
+    grades = table(tmp_path / "run", "grades")
+    assert grades.height == 30
+    assert "incomplete_group" not in set(grades["reason"])
+    assert table(tmp_path / "run", "draws").height > 0
+
+
+def test_skips_of_other_verdicts_are_not_graded_on(tmp_path: Path) -> None:
+    path = recipe(tmp_path, SEQUENTIAL)
+    nobody = ("--set", "score.verifiers.sum.extract='nothing(matches)'", "--set", "score.max_failed=1")
+    dypo("ingest", path)
+    dypo("generate", path)
+    dypo("score", path, *nobody)
+    dypo("generate", "rollouts", path, *nobody)
+    assert set(table(tmp_path / "run", "skips")["grade"]) == {"hard"}
+    dypo("score", path)
+    refused = dypo("grade", path, check=False)
+    assert refused.returncode == 2
+    assert "dypo generate rollouts" in refused.stderr
+    dypo("run", path, "--set", "rounds=1", "--set", "eval.suites=[]", "--set", "train.steps=1")
+    for row in table(tmp_path / "run", "grades").to_dicts():
+        assert row["k"] == 8 or (row["grade"], row["successes"]) in (("hard", 0), ("easy", row["k"]))
+
+
+def test_a_round_that_reuses_everything_can_be_made_again(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "reuse = { max_age = 2, token_budget = 1 }\n")
+    short = ("--set", "eval.suites=[]", "--set", "train.steps=2")
+    dypo("run", path, *short)
+    again = dypo("run", path, *short, "--set", "train.method.lr=1e-4", "--regenerate")
+    assert "rollouts/round=1" in again.stdout
+    assert table(tmp_path / "run", "rollouts")["round"].to_list().count(1) == 0
+
+
+def test_rollouts_that_the_round_has_already_are_not_replaced_by_older_ones(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "", **{"steps = 6": "steps = 2"})
+    dypo("run", path, "--set", "eval.suites=[]")
+    reuse = ("--set", "rollouts.reuse.max_age=2", "--set", "rollouts.reuse.token_budget=1")
+    planned = dypo("plan", path, *reuse).stdout
+    assert "skips/round=1" in planned
+    dypo("generate", "rollouts", path, "--round", 1, *reuse)
+    assert table(tmp_path / "run", "skips").is_empty()
+
+
+def test_a_prompt_that_cannot_be_asked_is_a_share_of_all_the_rounds_prompts(tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    lines = (ROOT / "data" / "tiny" / "train.jsonl").read_text().splitlines()[:49]
+    problems.write_text("\n".join([*lines, json.dumps({"prompt": "what is 1+1?", "answer": "2"})]) + "\n")
+    path = recipe(
+        tmp_path, REUSE, **{f'path = "{ROOT}/data/tiny/train.jsonl"': f'path = "{problems}"', "limit = 30": "limit = 50"}
+    )
+    text = path.read_text()
+    path.write_text(text[: text.index("[[teachers]]")] + text[text.index("[rollouts]") :])
+    dypo("run", path, "--set", "eval.suites=[]", "--set", "train.steps=2", "--set", "rollouts.max_failed=0.02")
+    grades = table(tmp_path / "run", "grades").filter(pl.col("round") == 1)
+    assert grades.height == 49

@@ -152,19 +152,37 @@ def test_raising_k_adds_rows_and_keeps_the_ones_that_are_there(a_copy: Path) -> 
 
 
 def test_log_probs_rounded_to_float16_change_nothing_else(a_copy: Path) -> None:
-    shutil.rmtree(a_copy / "rollouts" / "round=1")
-    before = table(a_copy, "grades")
-    exact = table(a_copy, "shards").filter(pl.col("round") == 1, pl.col("route") == "rl")
-    dypo("generate", "rollouts", a_copy, "--round", 1, "--set", "rollouts.logprobs='float16'")
-    assert {o["action"] for o in outcomes("grade", a_copy, "--round", 1)} == {
-        "nothing"
-    }  # neither ids nor texts are others, so what was graded still holds
-    assert table(a_copy, "grades").equals(before)
-    kept = (
-        table(a_copy, "rollouts").join(exact, left_on="rollout_id", right_on="item_id").explode("logprobs", "old_logprobs")
-    )
-    assert kept.schema["logprobs"] == pl.Float32
-    assert 0 < (kept["logprobs"] - kept["old_logprobs"]).abs().max() < 0.01
+    def of_round(name: str) -> pl.DataFrame:
+        return table(a_copy, name).filter(pl.col("round") == 1)
+
+    before = {name: of_round(name) for name in ("rollouts", "grades", "shards")}
+    sets = ("--round", 1, "--set", "rollouts.logprobs='float16'")
+    dypo("generate", "rollouts", a_copy, *sets, "--regenerate")
+    dypo("score", a_copy, "--round", 1)
+    dypo("grade", a_copy, "--round", 1)
+    assert of_round("grades").equals(before["grades"])
+    for name, column in (("rollouts", "logprobs"), ("shards", "old_logprobs")):
+        assert of_round(name).drop(column).equals(before[name].drop(column))
+    kept = of_round("rollouts").select("rollout_id", pl.col("logprobs").alias("rounded"))
+    kept = before["rollouts"].join(kept, on="rollout_id").explode("logprobs", "rounded")
+    assert kept.schema["rounded"] == pl.Float32
+    assert 0 < (kept["logprobs"] - kept["rounded"]).abs().max() < 0.01
+
+
+def test_log_probs_of_another_rounding_are_not_added_to_a_half_done_table(a_copy: Path) -> None:
+    """Rows of both roundings would pass for one table; the ids are the same."""
+    dypo("generate", "rollouts", a_copy, "--round", 1, "--set", "rollouts.logprobs='float32'")  # as by default
+    float16 = ("--set", "rollouts.logprobs='float16'")
+    got = dypo("generate", "rollouts", a_copy, "--round", 1, "--set", "rollouts.k=6", *float16, check=False)
+    assert got.returncode == 2
+    assert "logprobs: None -> 'float16'" in got.stderr
+    (a_copy / "rollouts" / "round=1" / "manifest.json").unlink()
+    got = dypo("generate", "rollouts", a_copy, "--round", 1, *float16, check=False)
+    assert got.returncode == 2
+    assert "unfinished work of another recipe" in got.stderr
+    got = dypo("eval", a_copy, "--round", 1, *float16, check=False)
+    assert got.returncode == 2
+    assert "logprobs: None -> 'float16'" in got.stderr
 
 
 def test_another_temperature_is_refused_without_regenerate(a_copy: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
@@ -131,6 +132,34 @@ def test_an_ungraded_round_says_what_is_missing():
     d = explain(synthetic_run.connect(some), tables["prompts"]["prompt_id"][3].as_py())
     assert d["rounds"][0]["why"] == "not graded in this round: score and grade its rollouts"
     assert "not scored" in drawn(d)
+
+
+@pytest.mark.parametrize(
+    ("why", "source", "drawn_now", "grade", "chance", "told"),
+    [
+        ("sure", 1, 2, "hard", 0.913, ["only 2 of 4 rollouts were drawn", "sure, with a chance of 0.91", "hard"]),
+        ("unmoved", 0, 0, "easy", None, ["graded on the rollouts of round 0: unmoved, it was easy there"]),
+        ("unmoved", 0, 0, "easy", 0.88, ["rollouts of round 0: unmoved", "not drawn to its end, easy with a chance of 0.88"]),
+        ("budget", 0, 0, "mid", None, ["graded on the rollouts of round 0: the round's token budget did not reach it"]),
+        ("stale", 0, 0, "mid", None, ["graded on the rollouts of round 0", "token budget", "too old to train on"]),
+    ],
+)  # fmt: skip
+def test_a_group_that_was_not_drawn_whole_says_whose_rollouts_stand_for_it_and_why(
+    why, source, drawn_now, grade, chance, told
+):
+    tables = synthetic_run.build_tables()
+    prompt = tables["grades"]["prompt_id"][0].as_py()
+    row = {"prompt_id": prompt, "round": 1, "source_round": source, "draws": drawn_now, "skipped": 4 - drawn_now}
+    row |= {"grade": grade, "chance": chance, "why": why}
+    tables["skips"] = pa.Table.from_pylist([row], schema=synthetic_run.ARROW["skips"])
+    d = json.loads(json.dumps(explain(synthetic_run.connect(tables), prompt)))
+    before, at = d["rounds"]
+    assert before["skip"] is None
+    assert at["skip"] == {key: value for key, value in row.items() if key not in ("prompt_id", "round")}
+    assert at["grade"] is not None
+    for words in told:
+        assert words in at["why"]
+        assert words in drawn(d, width=400)
 
 
 def test_hostile_text_is_neither_markup_nor_terminal_escape(synthetic):

@@ -148,7 +148,9 @@ def test_adapter_parameters_are_those_that_peft_makes() -> None:
 
 def test_activations_of_a_small_group_are_counted_tensor_by_tensor() -> None:
     h = a = 64
-    layer = 4 * (2 * (h + h + h) + (4 * a + a) + 4 * 192)  # two norms with their outputs; q, k, v, out, its copy; the MLP
+    layer = 4 * (
+        2 * (h + h + h) + (4 * a + a) + 2 * 192
+    )  # two norms with their outputs; q, k, v, out, its copy; gate and up
     assert of_tiny()["activations of all layers"] == 1000 * (2 * layer + 5 * 4 * h)
     recomputed = of_tiny({"gradient_checkpointing": True})
     assert recomputed["activations: each layer's input"] == 1000 * (2 * 4 * h + 5 * 4 * h)
@@ -157,7 +159,7 @@ def test_activations_of_a_small_group_are_counted_tensor_by_tensor() -> None:
     copies = a * (4 * 100 + 8 * (3 * 120 + 20)) / 260
     assert large == pytest.approx(1000 * (2 * (layer + 4 * (copies - 4 * a)) + 5 * 4 * h))
     half = of_tiny(dtype="bfloat16")["activations of all layers"]
-    assert half == 1000 * (2 * (4 * 4 * h + 2 * (5 * h + a + 4 * 192 + 4 * a)) + 5 * 4 * h)
+    assert half == 1000 * (2 * (4 * 4 * h + 2 * (5 * h + a + 2 * 192 + 4 * a)) + 5 * 4 * h)
 
 
 def test_constants_of_the_trainer_are_the_trainers() -> None:

@@ -57,6 +57,16 @@ def test_transition_looks_at_the_last_grade_that_was_counted_on_rollouts_of_its_
     assert ask(con, sql("curriculum/transition"), round=3).to_pylist() == [{"prompt_id": "a", "weight": 0.5}]
 
 
+def test_a_grade_on_reused_rollouts_moved_since_the_rounds_before_theirs() -> None:
+    earlier = [graded("moved", "mid", round=0), graded("moved", "hard", round=1), graded("new", "hard", round=1)]
+    con = duckdb.connect()
+    con.register("earlier_grades", pa.Table.from_pylist(earlier, schema=ARROW["grades"]))
+    now = [graded("moved", "hard", round=2, source=1), graded("new", "hard", round=2, source=1)]
+    con.register("grades", pa.Table.from_pylist(now, schema=ARROW["grades"]))
+    found = {r["prompt_id"]: r["weight"] for r in ask(con, sql("curriculum/transition"), round=2).to_pylist()}
+    assert found == {"moved": 2.0, "new": 1.0}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make(tmp_path_factory.mktemp("made") / "run", 4000).run

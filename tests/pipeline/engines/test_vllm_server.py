@@ -33,7 +33,7 @@ class Server(ThreadingHTTPServer):
         self.root = self.folder = folder
         self.version = "default"
         self.calls: list[str] = []
-        self.dev_mode, self.reloads, self.failures = True, True, 0
+        self.dev_mode, self.reloads, self.resets, self.failures = True, True, True, 0
         self.restart_after: int | None = None  # completions
         self.lock = threading.Lock()
 
@@ -62,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.calls.append(self.path.split("?")[0])
         if self.path == "/collective_rpc" and self.server.reloads:
             self.server.folder = Path(body["kwargs"]["weights_path"])
+        if self.path == "/reset_prefix_cache":
+            return self._dev({"success": self.server.resets})
         if self.path == "/update_weight_version":
             self.server.version = body["new_version"]
         self._dev({})
@@ -166,6 +168,21 @@ def test_weights_that_are_not_the_policys_are_refused_before_sampling(server: Se
     server.reloads = False  # it says that it did
     with pytest.raises(WorkError, match=r"refused to sample.*expected the reference's within 0\.002"):
         rows(server, folders[1])
+
+
+def test_a_prefix_cache_that_was_not_reset_is_refused(server: Server, folders: list[Path]) -> None:
+    server.resets = False
+    with pytest.raises(WorkError, match="prefix cache was not reset"):
+        rows(server, folders[1])
+    assert server.calls[-1] == "/resume"
+
+
+def test_rows_of_a_server_that_restarted_on_another_folder_are_not_kept(server: Server, folders: list[Path]) -> None:
+    running = sampler(server, folders[0], batch_sequences=4).run(make_asks(folders[0], k=2), frozenset())
+    next(running)
+    server.root = server.folder = folders[1]  # its weight version is "default" again, as it was
+    with pytest.raises(WorkError, match="restarted, or reloaded by somebody else"):
+        next(running)
 
 
 def test_rows_of_a_server_that_restarted_meanwhile_are_not_kept(server: Server, folders: list[Path]) -> None:

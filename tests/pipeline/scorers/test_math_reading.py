@@ -103,6 +103,34 @@ def test_what_differs_at_a_point_is_wrong_to_math_verify(seed: int) -> None:
         assert not by_math_verify(f"\\boxed{{{said}}}", gold)
 
 
+@pytest.mark.parametrize("wrap", [r"So \boxed{%s}.", "It is $%s$.", r"\[ x = %s \]"])
+@pytest.mark.parametrize(
+    ("said", "gold", "same"),
+    [
+        (r"\textbf{5}", "5", True),
+        (r"\mathbf{12}", "12", True),
+        (r"\text{5}", "5", True),
+        (r"\mathrm{-1}", "-1", True),
+        (r"\mathbf{5}", "5", True),
+        (r"\mathbf{1}2", "12", None),
+        (r"\mathbf{0.5}", "0.5", None),
+        (r"\textbf{1/2}", "0.5", None),
+        (r"\text{6}", "5", False),
+        (r"\text{5 cm}", "5", None),
+        ("x_{1}", "1", False),
+        ("x", "1", False),
+    ],
+)
+def test_a_number_set_as_text_or_in_bold_is_math_verifys_to_compare(
+    wrap: str, said: str, gold: str, same: bool | None
+) -> None:
+    """math-verify reads it as a letter of that name, and finds it equal to the number."""
+    text = wrap % said
+    found = math_answer.score(text, gold).correct
+    assert found == by_math_verify(text, gold)
+    assert same is None or found == same
+
+
 @pytest.mark.parametrize(
     "said",
     [
