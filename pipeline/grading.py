@@ -42,12 +42,7 @@ LISTS = ("prompt_tokens", "tokens", "old_logprobs")
 ROUTED = pa.schema([f for f in ARROW["shards"] if f.name not in LISTS])
 WEIGHTS = pa.schema([("prompt_id", pa.string()), ("weight", pa.float64())])
 IDS = pa.schema([("prompt_id", pa.string())])
-STORED = """
-select view_name from duckdb_views() where not internal and not temporary
-union all
-select table_name from duckdb_tables() where not internal and not temporary
-order by all
-"""
+STORED = "select view_name from duckdb_views() where not internal and not temporary order by all"
 SLICED = (
     "rollouts",
     "scores",
@@ -124,9 +119,11 @@ class Grading:
         """Makes `verdicts`, one row a rollout; UserError if a rollout has none, or a trace."""
         keys = {"k": self.ctx.recipe.rollouts.k}
         self._ordered_by_the_query(True)
-        for turn, _ in enumerate(self._by_slices()):
-            into = "insert into memory.main.verdicts" if turn else "create table memory.main.verdicts as"
-            self._con.execute(f"{into} {sql('verdicts')}", keys)
+        paths: list[Path] = []
+        for _ in self._by_slices():  # files, not a table: DuckDB holds more of a table that it spilled than it has room for
+            paths.append(self.folder / f"verdicts-{len(paths)}.parquet")
+            self._con.execute(f"copy ({sql('verdicts')}) to $path (compression lz4)", {**keys, "path": str(paths[-1])})
+        view_parts(self._con, "verdicts", paths, pa.schema([]))
         for kind in ("rollouts", "traces"):
             if kind == "rollouts" and all(self._judged() for _ in self._by_slices()):
                 continue
