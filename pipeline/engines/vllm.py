@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.engines import probe
+from pipeline.engines import probe, reaper
 from pipeline.engines.base import Ask, Failure, Finished, Sample, Sampling
 from pipeline.engines.hf import Row, unfinished_batches
 from pipeline.policy import Renderer
@@ -41,7 +41,7 @@ from schemas.errors import UserError, WorkError
 from schemas.ids import seed_from
 from schemas.recipe import Policy, VLLMEngine
 
-RELOADED, ROUNDING = 2.0, 1e-5  # a reloaded engine's mean difference: at most so many times a fresh one's, and so much more
+RELOADED, ROUNDING = 2.0, 1e-4  # a kept engine's mean difference: at most so many times a fresh one's, and so much more
 CPU_CACHE_BYTES = 2**30  # keys and values of the sequences that vLLM's CPU build works on at once
 BATCHED_TOKENS = 8192  # tokens of one engine step without chunked prefill, at least
 
@@ -63,6 +63,7 @@ class _Engine:
     length: int  # max_model_len
     folder: Path
     processes: list[Any]
+    reaper: Any  # kills the processes if this one is killed: vLLM's live on
     prompts: list[list[int]]  # those of its last probe, which its prefix cache may hold
     noise: float = 0.0
 
@@ -75,6 +76,9 @@ def shut_down() -> None:
     global _live
     if _live is not None:
         _live.llm.llm_engine.engine_core.shutdown()
+        if _live.reaper is not None:
+            _live.reaper.kill()
+            _live.reaper.wait()
         _live = None
 
 
@@ -222,7 +226,15 @@ class VLLMSampler:
             ) from e
         atexit.register(shut_down)
         processes = [p for p in multiprocessing.active_children() if p not in others]
-        return _Engine(llm, options, int(llm.llm_engine.model_config.max_model_len), self.folder, processes, [])
+        return _Engine(
+            llm,
+            options,
+            int(llm.llm_engine.model_config.max_model_len),
+            self.folder,
+            processes,
+            reaper.watch(p.pid for p in processes if p.pid),
+            [],
+        )
 
     def _differences(self, engine: _Engine, asks: list[Ask], more: list[list[int]]) -> list[float]:
         """|engine's log-prob - the reference's| of each token that it samples after the longest prompts, and after `more`."""
