@@ -12,11 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from schemas.tables import TABLES
 
 BATCH = 1 << 17
-MEMORY = "128MB"
+MEMORY_MB, ROWS_PER_MB = 128, 100_000  # DuckDB cannot merge more sorted runs than it has room for (130,000 were measured)
 
 
 def digest_parts(paths: list[Path], table: str) -> str:
@@ -53,13 +54,15 @@ def digest_column(batches: Iterable[pa.Array]) -> str:
 def sorted_rows(
     paths: list[Path], columns: Iterable[str], key: Iterable[str], where: str = "true"
 ) -> Iterable[pa.RecordBatch]:
-    """Columns of parts in the order of their key, as a stream; memory does not grow with the rows."""
+    """Columns of parts in the order of their key, as a stream, sorted on disk: a megabyte for each ROWS_PER_MB, past the first."""
     import duckdb
 
     if not paths:
         return []
 
-    con = duckdb.connect(config={"memory_limit": MEMORY, "threads": 2, "temp_directory": str(paths[0].parent / ".sort.tmp")})
+    memory = max(MEMORY_MB, sum(pq.read_metadata(path).num_rows for path in paths) // ROWS_PER_MB)
+    spill = str(paths[0].parent / ".sort.tmp")
+    con = duckdb.connect(config={"memory_limit": f"{memory}MB", "threads": 1, "temp_directory": spill})
     names, keys = (", ".join(f'"{c}"' for c in each) for each in (columns, key))
     source = "read_parquet($paths, hive_partitioning=false, union_by_name=true)"
     query = f"select {names} from {source} where {where} order by {keys}"
