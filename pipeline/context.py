@@ -94,10 +94,15 @@ def load(target: Path, overrides: list[str] | None = None) -> Context:
         raise UserError(f"{path}: not valid TOML: {e}") from None
     for item in overrides or []:
         _set(data, item)
-    recipe = parse_recipe(data, str(path))
-    recipe = parse_recipe(_absolute(recipe), str(path))
-    run = target.resolve() if target.is_dir() else recipe.run
-    return Context(run, recipe.model_copy(update={"run": run}))
+    ctx = of_data(data, str(path))
+    run = target.resolve() if target.is_dir() else ctx.run
+    return Context(run, ctx.recipe.model_copy(update={"run": run}))
+
+
+def of_data(data: dict[str, Any], where: str) -> Context:
+    """A recipe that was read already; `where` it is from stands in errors."""
+    recipe = parse_recipe(_absolute(parse_recipe(data, where)), where)
+    return Context(recipe.run, recipe)
 
 
 def resolved(ctx: Context) -> str:

@@ -54,10 +54,15 @@ def gold(problem: str) -> str:
     return write(sum(terms(problem)))
 
 
+def answer(text: str) -> str | None:
+    """What a finished response without its EOS answers; None if it is no answer."""
+    match = re.match(ANSWER, text)
+    return match.group(1) if match else None
+
+
 def is_right(problem: str, text: str) -> bool:
     """The verdict on a finished response without its EOS."""
-    match = re.match(ANSWER, text)
-    return match is not None and match.group(1) == gold(problem)
+    return answer(text) == gold(problem)
 
 
 # --- problems --------------------------------------------------------------------------------------------------------

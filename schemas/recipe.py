@@ -23,12 +23,12 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`, tables merged key by key."""
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        out[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return out
 
 
@@ -425,7 +425,7 @@ class DypoMethod(Model):
             preset.pop("sft_lr", None)  # TOML cannot say "none", so what the user gives instead does
         if "alpha" in values and "gal_weight" not in values:
             preset.pop("gal_weight", None)
-        return _merge(preset, values)
+        return merge(preset, values)
 
     @property
     def gal_coefficient(self) -> float:
@@ -585,25 +585,30 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        lines = []
-        for err in e.errors():
-            key = _shown(err["loc"])
-            if err["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(err["loc"][-1]), _known_keys(err["loc"][:-1]), n=1, cutoff=0.5)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                known = ", ".join(_known_keys(err["loc"][:-1]))
-                lines.append(f"  {key}: unknown key{hint} Known here: {known}")
-            elif err["type"] == "union_tag_not_found":
-                lines.append(f"  {key}: needs a `type` ({_tags(err['loc'])})")
-            else:
-                found = "" if err["type"] in ("missing", "value_error") else f" (found {err['input']!r})"
-                lines.append(f"  {key or 'recipe'}: {err['msg'].removeprefix('Value error, ')}{found}")
-        raise UserError(f"{where}: the recipe is not valid\n" + "\n".join(lines)) from None
+        raise UserError(f"{where}: the recipe is not valid\n" + "\n".join(explained(e, Recipe))) from None
 
 
-def _shown(loc: tuple[int | str, ...]) -> str:
+def explained(e: ValidationError, root: type[BaseModel]) -> list[str]:
+    """One line for each error of a tree that should have been a `root`: the key, what was expected, what was found."""
+    lines = []
+    for err in e.errors():
+        key = _shown(err["loc"], root)
+        if err["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(err["loc"][-1]), _known_keys(err["loc"][:-1], root), n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            known = ", ".join(_known_keys(err["loc"][:-1], root))
+            lines.append(f"  {key}: unknown key{hint} Known here: {known}")
+        elif err["type"] == "union_tag_not_found":
+            lines.append(f"  {key}: needs a `type` ({_tags(err['loc'], root)})")
+        else:
+            found = "" if err["type"] in ("missing", "value_error") else f" (found {err['input']!r})"
+            lines.append(f"  {key or root.__name__.lower()}: {err['msg'].removeprefix('Value error, ')}{found}")
+    return lines
+
+
+def _shown(loc: tuple[int | str, ...], root: Any) -> str:
     """A pydantic error location as the user wrote it: without the tags of unions."""
-    kind: Any = Recipe
+    kind = root
     parts = []
     for part in loc:
         is_tag = not (_is_model(kind) and part in kind.model_fields) and any(_tag(m) == part for m in _members(kind))
@@ -613,17 +618,17 @@ def _shown(loc: tuple[int | str, ...]) -> str:
     return ".".join(parts)
 
 
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the recipe table at a pydantic error location (which names union members by their tag)."""
-    kind: Any = Recipe
+def _known_keys(loc: tuple[int | str, ...], root: Any) -> list[str]:
+    """The keys of the table at a pydantic error location (which names union members by their tag)."""
+    kind = root
     for part in loc:
         kind = _step(kind, part)
     return sorted(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
 
 
-def _tags(loc: tuple[int | str, ...]) -> str:
+def _tags(loc: tuple[int | str, ...], root: Any) -> str:
     """The values of `type` that the union at a pydantic error location knows."""
-    kind: Any = Recipe
+    kind = root
     for part in loc[:-1]:
         kind = _step(kind, part)
     field = kind.model_fields.get(str(loc[-1])) if _is_model(kind) else None

@@ -1,0 +1,187 @@
+"""One run of a study: what it takes from its stem, whether it is finished, and the commands that are left to run.
+
+A run's state is its own manifests and nothing else: finished means that `dypo plan` would have nothing to do. A cell begins
+as a copy of its stem by hard links, so that every method reads the very same stored rows of round 0; that is safe because a part
+is never written to again (store.py publishes by rename), and manifests are copied.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.context import Context, resolved
+from pipeline.flow import final_step, refuse_missing_files
+from pipeline.plan import plan as partitions_due
+from pipeline.stage import Spec, current
+from pipeline.stages import evaluate, generate, ingest
+from pipeline.store import Partition, publish, read_parts
+from pipeline.study.layout import Cell, Plan, Run, Stem
+from schemas.errors import UserError
+
+Command = list[str]
+
+
+# ---------------------------------------------------------------- what is there
+def finished(plan: Plan, run: Run) -> bool:
+    """Whether nothing is left to do for a run, by its manifests under the recipe that the study gives it today."""
+    if isinstance(run, Stem):
+        return next(commands(plan, run), None) is None
+    trial = chosen(plan, run)
+    return trial is not None and next(commands(plan, run, trial), None) is None
+
+
+def whole(ctx: Context) -> bool:
+    """Whether `dypo run` would find nothing to do."""
+    return (ctx.run / "recipe.toml").exists() and all(p.state == "done" for p in partitions_due(ctx))
+
+
+def chosen(plan: Plan, cell: Cell) -> int | None:
+    """The number of the trial whose setting a cell takes; None while its trials are not finished."""
+    trials = [] if cell.trial is not None else plan.trials(cell.world, cell.method)
+    if not trials:
+        return cell.trial or 0
+    values = [validation(plan, trial) for trial in trials]
+    if None in values:
+        return None
+    return max(range(len(values)), key=lambda n: (values[n], -n))  # of equals the first
+
+
+def validation(plan: Plan, trial: Cell) -> float | None:
+    """What a finished trial is judged by: avg@n on the tuning suite after the last round; None while it runs."""
+    ctx = plan.context(trial)
+    last = ctx.recipe.rounds - 1
+    if ctx.round_end(last) is None:
+        return None
+    (suite,) = ctx.recipe.eval.suites
+    part = ctx.part("evals", round=last, step=final_step(ctx, last), suite=suite.name)
+    if part.manifest() is None or not whole(ctx):
+        return None
+    rows = read_parts(part.files(), "evals", ["metric", "value"]).to_pylist()
+    return next(float(row["value"]) for row in rows if row["metric"] == f"avg@{suite.n}")
+
+
+# ---------------------------------------------------------------- what is to do
+def commands(plan: Plan, run: Run, trial: int | None = None) -> Iterator[Command]:
+    """The dypo commands that are left, each to be run before the next is asked for. Writes nothing by itself."""
+    ctx = plan.context(run, trial)
+    recipe = str(recipe_path(plan, run))
+    if isinstance(run, Stem):
+        for words, specs in _stem_stages(ctx):
+            if not all(_made(make) for make in specs):
+                yield [*words, recipe]
+        return
+    if not whole(ctx):
+        yield ["run", recipe]
+    budget = plan.world(run.world).rollout_tokens
+    if run.trial is None and budget is not None:
+        round, step = within(ctx, budget)
+        if not _evaluated(ctx, round, step):
+            yield ["eval", recipe, "--round", str(round), "--step", str(step)]
+
+
+def _stem_stages(ctx: Context) -> list[tuple[Command, list]]:
+    """The stages that no method has a part in, with what each leaves."""
+    suites = ctx.recipe.eval.suites
+    base = {"round": 0, "step": 0}
+    judged = [{"kind": "rollout", "round": 0}, *({"kind": "trace", "teacher": t.name} for t in ctx.recipe.teachers)]
+    return [
+        (["ingest"], [lambda: ingest.spec(ctx)]),
+        (
+            ["generate"],
+            [lambda: generate.rollout_spec(ctx, 0), *(lambda t=t: generate.teacher_spec(ctx, t) for t in ctx.recipe.teachers)],
+        ),
+        (["score"], [lambda keys=keys: ctx.part("scores", **keys) for keys in judged]),
+        (["eval", "--round", "0", "--step", "0"], [lambda s=s: ctx.part("evals", **base, suite=s.name) for s in suites]),
+    ]
+
+
+def _made(make) -> bool:
+    try:
+        found: Spec | Partition = make()
+    except UserError:
+        return False  # what it is made of is not there
+    return current(found) if isinstance(found, Spec) else found.manifest() is not None
+
+
+def _evaluated(ctx: Context, round: int, step: int) -> bool:
+    def done(suite) -> bool:
+        keys = {"round": round, "step": step, "suite": suite.name}
+        there = all(ctx.part(table, **keys).manifest() is not None for table in ("eval_rollouts", "evals"))
+        return there and current(evaluate.sample_spec(ctx, suite, round, step))
+
+    return all(done(suite) for suite in ctx.recipe.eval.suites)
+
+
+def within(ctx: Context, budget: int) -> tuple[int, int]:
+    """(round, step) of the newest end of a round at which a finished run had generated no more rollout tokens than this."""
+    found, spent = (0, 0), 0
+    for round in range(ctx.trained_rounds()):
+        part = ctx.part("rollouts", round=round)
+        spent += sum(read_parts(part.files(), "rollouts", ["length"]).column("length").to_pylist())
+        if spent > budget:
+            break
+        found = (round, final_step(ctx, round))
+    return found
+
+
+# ---------------------------------------------------------------- how it begins
+def recipe_path(plan: Plan, run: Run) -> Path:
+    """The file that a run's commands are given."""
+    return plan.folder / "recipes" / f"{run.label}.toml"
+
+
+def begin(plan: Plan, run: Run, trial: int | None = None) -> None:
+    """Writes the run's recipe; a cell that is not there yet begins as a copy of its stem."""
+    ctx = plan.context(run, trial)
+    refuse_missing_files(ctx)
+    path, text = recipe_path(plan, run), resolved(ctx)
+    if not path.exists() or path.read_text() != text:
+        publish(path, lambda p: p.write_text(text))
+    if isinstance(run, Cell) and not ctx.run.exists():
+        _copy(plan.context(run.stem), ctx)
+
+
+def _copy(stem: Context, cell: Context) -> None:
+    """What a cell has in common with its stem, under a temporary name and then renamed as a whole."""
+    new = cell.run.with_name(f".{cell.run.name}.tmp")
+    if new.exists():
+        shutil.rmtree(new)
+    for part in _common(stem, cell):
+        folder = new / part.label
+        folder.mkdir(parents=True)
+        for path in part.files():
+            _link(path, folder / path.name)
+        shutil.copy2(part.folder / "manifest.json", folder)  # last: a partition without it counts as unfinished
+    new.rename(cell.run)
+
+
+def _common(stem: Context, cell: Context) -> Iterator[Partition]:
+    """The stem's partitions that a stage of the cell would make alike."""
+    yield stem.part("prompts")
+    for teacher in cell.recipe.teachers:
+        if current_in(stem, generate.teacher_spec(stem, teacher)):
+            yield stem.part("traces", teacher=teacher.name)
+            yield stem.part("scores", kind="trace", teacher=teacher.name)
+    if stem.recipe.rollouts == cell.recipe.rollouts:
+        yield stem.part("rollouts", round=0)
+        yield stem.part("scores", kind="rollout", round=0)
+    for suite in cell.recipe.eval.suites:
+        if suite in stem.recipe.eval.suites:
+            keys = {"round": 0, "step": 0, "suite": suite.name}
+            yield stem.part("eval_rollouts", **keys)
+            yield stem.part("scores", kind="eval", **keys)
+            yield stem.part("evals", **keys)
+
+
+def current_in(stem: Context, spec: Spec) -> bool:
+    """Whether the stem's partition is what this spec would make."""
+    manifest = stem.part(spec.partition.table, **dict(spec.partition.keys)).manifest()
+    return manifest is not None and manifest.fingerprint == spec.fingerprint
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
