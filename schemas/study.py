@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from schemas.errors import UserError
-from schemas.recipe import NAME, Model, explained
+from schemas.model import Model
+from schemas.recipe import NAME, explained
 
 Trial = dict[str, float]
 

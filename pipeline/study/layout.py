@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.context import Context, of_data
 from schemas.errors import UserError
-from schemas.recipe import Suite, merge
+from schemas.model import merge
+from schemas.recipe import Suite
 from schemas.study import Arm, Study, World, parse_study
 
 

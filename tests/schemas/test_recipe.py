@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import UserError
-from schemas.recipe import PRESETS, DypoMethod, parse_recipe
+from schemas.methods.dypo import PRESETS, DypoMethod
+from schemas.recipe import parse_recipe
 from tests.tiny_runs import ROOT, write_recipe
 
 LEFT = 'engine = { type = "program", program = "tiny.left" }'
@@ -32,7 +33,7 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
         ("lr = 1e-3", "lr = 1e-3, alhpa = 0.5", "train.method.alhpa: unknown key; did you mean 'alpha'?"),
         ("k = 4", "k = 1", "rollouts.k: a group needs at least 2 rollouts"),
         ("k = 4", "k = 4\ntop_p = 0.9", "rollouts.top_p: training rollouts need top_p = 1, found 0.9"),
-        ('type = "dypo", ', "", "train.method: needs a `type` (dypo)"),
+        ('type = "dypo", ', "", "train.method: needs a `type` (sft | grpo | dr_grpo"),
         ('name = "noisy"', 'name = "left"', "teachers: the name 'left' is given twice"),
         (
             'verifier = "sum"\nlimit = 60',
