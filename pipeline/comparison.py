@@ -12,10 +12,11 @@ I/O. It leaves out which comparisons make up a family: whoever reports them says
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import fmean, stdev
 
 import numpy as np
+
+from pipeline.statistics import t_quantile
 
 EXACT = 15  # seeds up to which all sign assignments are counted
 DRAWS = 100_000  # beyond, that many are drawn
@@ -72,26 +73,3 @@ def _sign_flip(d_N: np.ndarray) -> float:
     rng = np.random.default_rng(0)
     far = sum(int(np.sum(np.abs((1 - 2 * rng.integers(0, 2, (1000, n))) @ d_N) >= seen)) for _ in range(DRAWS // 1000))
     return (1 + far) / (1 + DRAWS)
-
-
-@lru_cache(maxsize=256)
-def t_quantile(df: int) -> float:
-    """The 97.5 % point of Student's t with `df` >= 1 degrees of freedom."""
-    low, high = 1.9, 13.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, df) < 0.95 else (low, middle)
-    return (low + high) / 2
-
-
-def _within(t: float, df: int) -> float:
-    """P(|T| < t), in closed form (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(df))
-    cos, odd = math.cos(angle), df % 2
-    term = total = cos if odd else 1.0
-    for k in range(3 if odd else 2, df - 1, 2):
-        term *= cos * cos * (k - 1) / k
-        total += term
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + (math.sin(angle) * total if df > 1 else 0.0))

@@ -56,7 +56,7 @@ def test_many_pairs_are_drawn_and_give_the_same_p_each_time():
     p = paired_test(values).p
     assert p == paired_test(values).p
     z = sum(values) / math.sqrt(sum(v * v for v in values))  # the flips' sum is about normal
-    assert p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.01)
+    assert p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.02)
 
 
 @pytest.mark.parametrize("values", [[], [0.1, math.nan], [math.inf]])
@@ -119,4 +119,4 @@ def test_holm_refuses_what_is_no_p_value():
 def test_a_family_of_true_nulls_is_wrong_of_any_at_most_5_times_in_100():
     rng = random.Random(7)
     false = sum(min(holm([rng.random() for _ in range(12)])) <= 0.05 for _ in range(2000))
-    assert false / 2000 <= 0.06
+    assert false / 2000 <= 0.065  # 0.05 and three standard errors
