@@ -99,7 +99,7 @@ class _Plan:
             prompts = self.prompts("eval", suite.sources)
             wanted = None if prompts is None else min(prompts, suite.limit or prompts) * suite.n
             spec = lambda s=suite: evaluate.sample_spec(ctx, s, round, step)  # noqa: E731
-            self.look("eval_rollouts", "eval_rollouts", keys, spec, wanted, ctx.recipe.eval.max_tokens, after)
+            self.look("eval_rollouts", "eval_rollouts", keys, spec, wanted, evaluate.sampling(ctx, suite).max_tokens, after)
             self.score("eval", "eval_rollouts", keys, wanted)
             self.look(
                 "eval",
