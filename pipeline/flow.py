@@ -10,6 +10,7 @@ from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome
 from pipeline.stages import evaluate, generate, grade, ingest, score, train
 from pipeline.store import Partition
+from schemas.recipe import Suite
 from schemas.scorers import UserScorer
 
 
@@ -48,8 +49,9 @@ def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: 
         yield from refresh(ctx, round, regenerate=regenerate, reference=reference)
         vllm.shut_down()  # its memory is the trainer's now
         yield from train.run(ctx, round, trainer, regenerate=regenerate, empty_ok=True)
-        if due_for_eval(ctx, round):
-            yield from evaluate.run(ctx, round, final_step(ctx, round), regenerate=regenerate, reference=reference)
+        if due := due_for_eval(ctx, round):
+            step = final_step(ctx, round)
+            yield from evaluate.run(ctx, round, step, suites=due, regenerate=regenerate, reference=reference)
 
 
 def refuse_missing_files(ctx: Context) -> None:
@@ -63,11 +65,12 @@ def refuse_missing_files(ctx: Context) -> None:
     grade.query_text(ctx.recipe.train.method.query, "route")
 
 
-def due_for_eval(ctx: Context, round: int) -> bool:
-    """Whether `run` evaluates after this round: always after the last, and every `eval.every_rounds` before it."""
-    every = ctx.recipe.eval.every_rounds
+def due_for_eval(ctx: Context, round: int) -> list[Suite]:
+    """What `run` evaluates after this round: every suite after the last, and before it each by its `every_rounds`."""
+    e = ctx.recipe.eval
     last = round == ctx.recipe.rounds - 1
-    return bool(ctx.recipe.eval.suites) and (last or (every > 0 and (round + 1) % every == 0))
+    every = [e.every_rounds if s.every_rounds is None else s.every_rounds for s in e.suites]
+    return [s for s, n in zip(e.suites, every, strict=True) if last or (n > 0 and (round + 1) % n == 0)]
 
 
 def final_step(ctx: Context, round: int) -> int:

@@ -17,6 +17,7 @@ from pipeline.stages import evaluate, generate, grade, ingest, logprobs, score, 
 from pipeline.store import partitions, read_parts
 from schemas.errors import UserError
 from schemas.methods import Role
+from schemas.recipe import Suite
 
 BYTES_PER_TOKEN = 4.1  # id + float32 log-prob after byte-stream split and zstd: 0.51 of 8 bytes (measured)
 
@@ -57,7 +58,7 @@ class _Plan:
             self.look(
                 "teachers", "traces", {"teacher": t.name}, lambda t=t: generate.teacher_spec(self.ctx, t), wanted, most
             )
-        self.evals(0, 0, ())
+        self.evals(0, 0, (), r.eval.suites)
         for n in range(max(r.rounds, *(1 + n for n in self.rounds_on_disk()), 0)):
             self.round(n, train_rows)
         return self.rows
@@ -89,18 +90,17 @@ class _Plan:
         for role in r.train.method.loss.logprob_roles:
             self.look("logprobs", "logprobs", {**key, "role": role}, lambda role=role: self.logprob_spec(n, role))
         self.look("train", "checkpoints", key, lambda: train.spec(ctx, n), after=sampled)
-        if due_for_eval(ctx, n):
-            step = final_step(ctx, n) if ctx.round_end(n) else r.train.steps
-            self.evals(n, step, (f"checkpoints/round={n}",))
+        step = final_step(ctx, n) if ctx.round_end(n) else r.train.steps
+        self.evals(n, step, (f"checkpoints/round={n}",), due_for_eval(ctx, n))
 
-    def evals(self, round: int, step: int, after: tuple[str, ...]) -> None:
+    def evals(self, round: int, step: int, after: tuple[str, ...], suites: list[Suite]) -> None:
         ctx = self.ctx
-        for suite in ctx.recipe.eval.suites:
+        for suite in suites:
             keys = {"round": round, "step": step, "suite": suite.name}
             prompts = self.prompts("eval", suite.sources)
             wanted = None if prompts is None else min(prompts, suite.limit or prompts) * suite.n
             spec = lambda s=suite: evaluate.sample_spec(ctx, s, round, step)  # noqa: E731
-            self.look("eval_rollouts", "eval_rollouts", keys, spec, wanted, ctx.recipe.eval.max_tokens, after)
+            self.look("eval_rollouts", "eval_rollouts", keys, spec, wanted, evaluate.sampling(ctx, suite).max_tokens, after)
             self.score("eval", "eval_rollouts", keys, wanted)
             self.look(
                 "eval",

@@ -36,7 +36,7 @@ def write_fitting_traces(ctx: Context, con: "duckdb.DuckDBPyConnection", round: 
 
     Traces of a teacher that the recipe no longer names, or beyond its `samples`, stay on disk and out of the result.
     """
-    renderer = Renderer(ctx.recipe.policy.model)
+    renderer = Renderer(ctx.recipe.policy.model, ctx.recipe.policy.template)
     refuse_another_tokenizer(ctx, con, renderer, round)
     with pq.ParquetWriter(path, FITTING, compression="zstd") as writer:
         for rows in _tokenised(ctx, con, renderer, round):

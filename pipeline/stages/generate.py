@@ -147,10 +147,12 @@ def _drawn(ctx: Context, round: int, ids: list[str]) -> list[str]:
 
 
 def sampling_config(ctx: Context, policy: str, sampling: Sampling) -> dict[str, Any]:
-    """The part of a policy engine's settings that its rows depend on. Stored log-probs are named where they are not as sampled."""
-    r = ctx.recipe.rollouts
+    """The part of a policy engine's settings that its rows depend on. Stored log-probs are named where they are not as sampled,
+    the template where it is not the policy's own."""
+    r, template = ctx.recipe.rollouts, ctx.recipe.policy.template
     config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": r.engine.type, **vars(sampling)}
     config |= {} if r.engine.type == "hf" else {"seeded": r.engine.seeded}
+    config |= {} if template == "chat" else {"template": template}
     return config | ({} if r.logprobs == "float32" else {"logprobs": r.logprobs})
 
 
@@ -207,7 +209,8 @@ def sample_policy(
     from pipeline.policy import Renderer
 
     folder, policy_id = policy
-    renderer = Renderer(folder)
+    template = ctx.recipe.policy.template
+    renderer = Renderer(folder, template)
     engine_config = ctx.recipe.rollouts.engine
     work, refused = _readable(folder, renderer, work, max_failed)
     by_id = {a.prompt_id: a for a in work}
@@ -233,6 +236,7 @@ def sample_policy(
         ask = by_id[s.prompt_id]
         seed = ask.seed if seeded else None
         made_by = (s.prompt_id, policy_id, s.sample, seed, vars(sampling), engine_config.type, keys)
+        made_by += () if template == "chat" else (template,)
         return {
             "rollout_id": row_id(*made_by), "prompt_id": s.prompt_id, "sample": s.sample, "policy": policy_id,
             "text": s.text, "prompt_tokens": ask.prompt_tokens, "tokens": s.tokens,

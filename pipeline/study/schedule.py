@@ -146,7 +146,7 @@ def _go_on(
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=_end_with_the_study,  # noqa: PLW1509  we have no threads
+            preexec_fn=_end_with_the_study,
         )
     workers.append(Worker(task, process, rest, log, started))
 
