@@ -63,7 +63,9 @@ class World:
     short_steps: int
     steps: int
     rates: Rates  # the learning rate at some steps, linear between
-    copy_steps: int = 0  # the first steps, in which a response is its first character and the problem: copying is learnt first
+    copy_steps: int = (
+        0  # the first steps, in which a response is its first character and the problem: copying is learnt first
+    )
     heads: int = 2
     rope_theta: float = 10_000.0
     problem_seed: int = 1234

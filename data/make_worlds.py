@@ -14,6 +14,7 @@ import argparse
 import random
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +29,9 @@ import make_tiny_policy as maker  # noqa: E402
 import teachers  # noqa: E402
 
 SEEDS = (0, 1, 2)
-TERMS = {2: 4.0, 3: 1.5, 4: 1.5, 5: 1.5, 6: 1.25, 7: 1.25}  # the train mix, by number of terms
-THRICE = 0.3  # share of the skill world's problems that hold a term three times
+TERMS = {2: 2.5, 3: 1.5, 4: 1.5, 5: 1.5, 6: 1.5, 7: 1.5}  # the train mix, by number of terms
+SKILL = 0.3  # share of the skill world's problems that have the new sign
+SIGNS = 0.25  # share of its pretraining that has either sign, each as often
 
 
 # --- problems --------------------------------------------------------------------------------------------------------
@@ -39,16 +41,23 @@ def plain(rng: random.Random) -> str:
     return tiny.sum_problem(rng, TERMS)
 
 
-def thrice(rng: random.Random) -> str:
-    """One to three terms, one of them (20 to 99) three times."""
+def signed(rng: random.Random, sign: str) -> str:
+    """One to three terms, one of them (20 to 99) with a sign."""
     values = [rng.randint(1, 99) for _ in range(rng.choice((0, 1, 1, 2)))]
     at = rng.randint(0, len(values))
     spelt = [tiny.write(value) for value in values]
-    return "+".join([*spelt[:at], tiny.write(rng.randint(20, 99)) + teachers.THRICE, *spelt[at:]])
+    return "+".join([*spelt[:at], tiny.write(rng.randint(20, 99)) + sign, *spelt[at:]])
 
 
 def mixed(rng: random.Random) -> str:
-    return thrice(rng) if rng.random() < THRICE else plain(rng)
+    return signed(rng, teachers.NEW) if rng.random() < SKILL else plain(rng)
+
+
+def with_signs(rng: random.Random, weights: Mapping[int, float]) -> str:
+    """Pretraining of `skill`."""
+    if rng.random() < SIGNS:
+        return signed(rng, rng.choice((teachers.OLD, teachers.NEW)))
+    return tiny.sum_problem(rng, weights)
 
 
 def with_subtractions(rng: random.Random, weights: Mapping[int, float]) -> str:
@@ -60,9 +69,8 @@ def with_subtractions(rng: random.Random, weights: Mapping[int, float]) -> str:
 
 PRETRAINING = {
     "gold": teachers.gold,
-    "teachers": teachers.TEACHERS,
-    "short": {2: 2.0, 3: 4.0, 4: 3.0, 5: 1.0},
-    "mixed": {2: 3.0, 3: 3.0, 4: 2.5, 5: 1.5, 6: 0.5, 7: 0.2},
+    "short": {2: 2.0, 3: 3.5, 4: 3.0, 5: 1.5},
+    "mixed": {2: 2.0, 3: 2.0, 4: 2.0, 5: 2.0, 6: 1.2, 7: 0.8},
     "copy_steps": 400,
     "heads": 4,
     "rope_theta": 100.0,
@@ -76,11 +84,12 @@ WORLDS = {
             "eval_shift": (tiny.shift_problem, 1000),
             "eval_sub": (tiny.subtraction_problem, 1000),
         },
+        teachers=teachers.TEACHERS,
         problem=with_subtractions,
-        styles={"first": 1.0, "marked": 1.0, "last": 1.0},
-        short_steps=1400,
-        steps=2600,
-        rates=[(0, 1e-4), (50, 5e-3), (1400, 3e-3), (2000, 2e-3), (2400, 1e-3), (2600, 1e-4)],
+        styles={"first": 1.0, "marked": 1.0, "last": 3.0},
+        short_steps=1300,
+        steps=2200,
+        rates=[(0, 1e-4), (50, 5e-3), (1300, 3e-3), (1800, 2e-3), (2200, 7e-4)],
         **PRETRAINING,
     ),
     "skill": maker.World(
@@ -89,13 +98,15 @@ WORLDS = {
             "validation": (mixed, 200),
             "eval_id": (mixed, 1000),
             "eval_shift": (tiny.shift_problem, 1000),
-            "eval_skill": (thrice, 1000),
+            "eval_skill": (partial(signed, sign=teachers.NEW), 1000),
+            "eval_old": (partial(signed, sign=teachers.OLD), 1000),
         },
-        problem=tiny.sum_problem,
-        styles={"first": 1.0, "marked": 1.0},
+        teachers={name: partial(teachers.TEACHERS[name], times=teachers.BEFORE) for name in ("first", "equals")},
+        problem=with_signs,
+        styles={"first": 1.0, "equals": 1.0},
         short_steps=1200,
         steps=1800,
-        rates=[(0, 1e-4), (50, 5e-3), (1200, 3e-3), (1500, 2e-3), (1700, 1e-3), (1800, 1e-4)],
+        rates=[(0, 1e-4), (50, 5e-3), (1200, 3e-3), (1500, 2e-3), (1800, 7e-4)],
         **PRETRAINING,
     ),
 }
@@ -123,17 +134,22 @@ def measure(model: LlamaForCausalLM, name: str, problems: dict[str, list[str]]) 
     found: dict[str, str] = {}
     counts = maker.successes(world, model, problems["train"], k=8, temperature=1.0, seed=2)
     easy, hard = (sum(c == target for c in counts.values()) / len(counts) for target in (8, 0))
-    found["train, k = 8 at T = 1: easy / mid / hard, %"] = f"{100 * easy:.1f} / {100 * (1 - easy - hard):.1f} / {100 * hard:.1f}"
+    found["train, k = 8 at T = 1: easy / mid / hard, %"] = (
+        f"{100 * easy:.1f} / {100 * (1 - easy - hard):.1f} / {100 * hard:.1f}"
+    )
+    for n in TERMS:
+        of_n = [c for problem, c in counts.items() if problem.count("+") == n - 1 and teachers.NEW not in problem]
+        found[f"train, {n} terms: right at T = 1, %"] = f"{100 * sum(of_n) / (8 * len(of_n)):.1f}"
     for file in world.files:
         if file.startswith("eval"):
             counts = maker.successes(world, model, problems[file], k=2, temperature=0.6, seed=1)
             found[f"{file}, avg@2 at T = 0.6, %"] = f"{100 * sum(counts.values()) / (2 * len(counts)):.1f}"
-    known = [problem for problem in problems["train"] if teachers.THRICE not in problem][:400]
+    known = [problem for problem in problems["train"] if teachers.NEW not in problem][:400]
     for style in world.styles:
         nats, opening = fit(model, world, style, known)
         found[f"`{style}`: nats a token of its traces (of which the choice of style)"] = f"{nats:.4f} ({opening:.4f})"
     if name == "skill":
-        asked = [problem for problem in problems["train"] if teachers.THRICE in problem]
+        asked = [problem for problem in problems["train"] if teachers.NEW in problem]
         counts = maker.successes(world, model, asked, k=64, temperature=1.0, seed=3)
         solved = sum(c > 0 for c in counts.values())
         found["train problems with the skill, 64 samples at T = 1: solved at least once"] = f"{solved} of {len(asked)}"

@@ -312,6 +312,25 @@ def eval(
         _tell(evaluate.run(ctx, r, s, regenerate=regenerate, reference=_reference(ctx)), as_json)
 
 
+@app.command()
+def study(
+    file: Annotated[
+        Path, typer.Argument(metavar="STUDY.toml", help="methods, seeds, base policies, worlds (docs/study.md)")
+    ],
+    processes: Annotated[int, typer.Option("--processes", min=1, help="runs side by side, one thread each")] = 1,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="GLOB", help="results whose label fits, for example 'cells/*/*/dypo/0'")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="say what is there and what is due; run nothing")] = False,
+    report: Annotated[bool, typer.Option("--report", help="write the report of what is there; run nothing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Every method, seed, base and world of a study, then its report; goes on where it was stopped."""
+    from pipeline.study import command
+
+    command.study(file, processes, only, plan, report, as_json)
+
+
 # ---------------------------------------------------------------- looking
 @app.command()
 def plan(target: Target, set: Set = None, as_json: Json = False) -> None:

@@ -73,13 +73,17 @@ def build_report(con: "duckdb.DuckDBPyConnection", recipe: Recipe | None, manife
     body = "".join(
         f'<section id="{a}"><h2>{_text(t)}</h2>{s}</section>' for a, (t, s) in zip(anchors, sections, strict=True)
     )
+    return whole(name, _subtitle(recipe), f"<nav>{nav}</nav>", f"{_headline(con, recipe)}{body}")
+
+
+def whole(name: str, subtitle: str, nav: str, body: str) -> str:
+    """A page around a body; `name` is text, the others are HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(name)} · dypo report</title><style>{CSS}</style></head>\n"
-        f"<body><header><h1>{_text(name)}</h1><p>{_subtitle(recipe)}</p><nav>{nav}</nav></header>\n<main>"
-        f"{_headline(con, recipe)}{body}</main></body></html>\n"
+        f"<body><header><h1>{_text(name)}</h1><p>{subtitle}</p>{nav}</header>\n<main>{body}</main></body></html>\n"
     )
 
 

@@ -360,16 +360,47 @@ def open_views(*runs: Path) -> "duckdb.DuckDBPyConnection":
     def view(name: str, table: str, files: Callable[[Path], dict[Path, int]]) -> None:
         _view(con, name, table, {told if runs[1:] else None: files(run) for told, run in zip(names, runs, strict=True)})
 
-    def listed(table: str, run: Path) -> dict[Path, int]:
-        return {f: version for p in partitions(run, table) for f, version in p.versions().items()}
-
     for table in TABLES:
-        view(table, table, partial(listed, table))
+        view(table, table, partial(_listed, table))
     old = "superseded/score/**/part-*.parquet"
     view(
-        "score_versions", "scores", lambda run: dict.fromkeys(sorted(run.glob(old)), SCHEMA_VERSION) | listed("scores", run)
+        "score_versions", "scores", lambda run: dict.fromkeys(sorted(run.glob(old)), SCHEMA_VERSION) | _listed("scores", run)
     )
     return con
+
+
+def named_views(runs: Mapping[str, Path], tables: Iterable[str]) -> "duckdb.DuckDBPyConnection":
+    """The same of many runs, which the caller names in column `run`: one scan a table, not one for each run."""
+    import duckdb
+
+    con = duckdb.connect()
+    for table in tables:
+        of = {str(path): (name, version) for name, run in runs.items() for path, version in _listed(table, run).items()}
+        con.register(
+            f"{table}_files", pa.table({"filename": [*of], "run": pa.array([name for name, _ in of.values()], pa.string())})
+        )
+        selects = []
+        for version in sorted({version for _, version in of.values()}):
+            paths = ", ".join(_quoted(path) for path, (_, v) in of.items() if v == version)
+            selects.append(
+                f"select {table}_files.run, rows.* exclude (filename){_counted(table, version)} "
+                f"from read_parquet([{paths}], hive_partitioning=false, filename=true) as rows inner join {table}_files using (filename)"
+            )
+        if selects:
+            con.execute(f"create view {table} as {' union all by name '.join(selects)}")
+        else:
+            con.register(table, ARROW[table].insert(0, pa.field("run", pa.string())).empty_table())
+    return con
+
+
+def _counted(table: str, version: int) -> str:
+    """What a version lacks of the table's columns, as SQL over those it has."""
+    return "".join(f", cast(len({of}) as integer) as {new}" for new, of in lacking(TABLES[table], version).items())
+
+
+def _listed(table: str, run: Path) -> dict[Path, int]:
+    """The listed parts of a run's table with the schema version of each."""
+    return {f: version for p in partitions(run, table) for f, version in p.versions().items()}
 
 
 def view_parts(
@@ -408,10 +439,7 @@ def _view(con: "duckdb.DuckDBPyConnection", name: str, table: str, files: dict[s
         for version in sorted(set(versions.values())):
             paths = ", ".join(_quoted(path) for path, of in versions.items() if of == version)
             ours = "" if run is None else f"{_quoted(run)} as run, "
-            counted = "".join(
-                f", cast(len({of}) as integer) as {new}" for new, of in lacking(TABLES[table], version).items()
-            )
-            selects.append(f"select {ours}*{counted} from read_parquet([{paths}], hive_partitioning=false)")
+            selects.append(f"select {ours}*{_counted(table, version)} from read_parquet([{paths}], hive_partitioning=false)")
     if selects:
         con.execute(f"create view {name} as {' union all by name '.join(selects)}")
     else:

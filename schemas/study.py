@@ -46,7 +46,9 @@ class Arm(Model):
     teachers: list[str] | None = Field(default=None, min_length=1, description="of the recipe's; default: all")
     set: dict[str, Any] = Field(default={}, description="other keys of the recipe, as tables")
     trials: list[Trial] | None = Field(default=None, description="instead of tuning.trials; as many")
-    tuned_as: str | None = Field(default=None, description="the method whose chosen trial this one takes, instead of its own")
+    tuned_as: str | None = Field(
+        default=None, description="the method whose chosen trial this one takes, instead of its own"
+    )
 
 
 class Grid(Model):

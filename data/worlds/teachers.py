@@ -5,53 +5,57 @@
     equals     =11+82=93>93    the same steps, `=` before each line
     last       =5+88=39>39     the last two terms merged instead, `=` before each line
 
-A term followed by `-` stands three times in the sum: `38-+5` is 83 + 83 + 83 + 5. The teachers of such problems write it
-out first: `:38+38+38+5`, and go on as with any sum. No base policy of that world has ever seen the sign.
+World `skill` has two signs behind a term. `38-+5` is 83 + 83 + 83 + 5: every base policy learnt that in pretraining. `38!+5` was
+83 + 5 there; now it is 83 + 83 + 83 + 5 too. The teachers of such problems write them out first, `:38+38+38+5`, and go on as with any
+sum. So the skill is in the policy, and nothing that it samples for the new sign shows it.
 
 Everything here maps (problem, rng) to text, as the engine `program` asks for; nothing draws from the rng.
 """
 
 import random
 import re
+from collections.abc import Mapping
 
 from pipeline import tiny
 
-THRICE = "-"
-_THRICE = re.compile(r"([0-9]+)-(?=[+]|$)")
+OLD, NEW = "-", "!"
+TIMES = {OLD: 3, NEW: 3}  # how often a term with the sign stands in the sum
+BEFORE = {OLD: 3, NEW: 1}  # in pretraining
+_SIGNED = re.compile(f"([0-9]+)([{OLD}{NEW}])(?=[+]|$)")
 
 
-def expanded(problem: str) -> str:
+def expanded(problem: str, times: Mapping[str, int] = TIMES) -> str:
     """The sum that a problem stands for: `38-+5` gives `38+38+38+5`."""
-    return _THRICE.sub(r"\1+\1+\1", problem)
+    return _SIGNED.sub(lambda found: "+".join([found[1]] * times[found[2]]), problem)
 
 
 def gold(problem: str) -> str:
-    """The right answer, such terms counted three times."""
+    """The right answer, terms with a sign counted as often as they stand."""
     return tiny.gold(expanded(problem))
 
 
-def first(problem: str, rng: random.Random) -> str:
-    return _lines(problem, ":", 0)
+def first(problem: str, rng: random.Random, times: Mapping[str, int] = TIMES) -> str:
+    return _lines(problem, ":", 0, times)
 
 
-def marked(problem: str, rng: random.Random) -> str:
-    return _lines(problem, "!", 0)
+def marked(problem: str, rng: random.Random, times: Mapping[str, int] = TIMES) -> str:
+    return _lines(problem, "!", 0, times)
 
 
-def equals(problem: str, rng: random.Random) -> str:
-    return _lines(problem, "=", 0)
+def equals(problem: str, rng: random.Random, times: Mapping[str, int] = TIMES) -> str:
+    return _lines(problem, "=", 0, times)
 
 
-def last(problem: str, rng: random.Random) -> str:
-    return _lines(problem, "=", -2)
+def last(problem: str, rng: random.Random, times: Mapping[str, int] = TIMES) -> str:
+    return _lines(problem, "=", -2, times)
 
 
 TEACHERS = {"first": first, "marked": marked, "equals": equals, "last": last}
 
 
-def _lines(problem: str, mark: str, merge: int) -> str:
+def _lines(problem: str, mark: str, merge: int, times: Mapping[str, int]) -> str:
     """One line for each merge of two neighbours, at the front (0) or at the end (-2), and the answer."""
-    whole = expanded(problem)
+    whole = expanded(problem, times)
     values, text = tiny.terms(whole), ""
     if whole != problem:
         text = mark + whole

@@ -5,21 +5,31 @@ as a copy of its stem by hard links, so that every method reads the very same st
 is never written to again (store.py publishes by rename), and manifests are copied.
 """
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.context import Context, resolved
 from pipeline.flow import final_step, refuse_missing_files
 from pipeline.plan import plan as partitions_due
 from pipeline.stage import Spec, current
-from pipeline.stages import evaluate, generate, ingest
+from pipeline.stages import evaluate, generate, ingest, score
 from pipeline.store import Partition, publish, read_parts
 from pipeline.study.layout import Cell, Plan, Run, Stem
 from schemas.errors import UserError
+from schemas.recipe import Suite
 
-Command = list[str]
+
+@dataclass(frozen=True)
+class Command:
+    """Words for `dypo`. `out`: the file that its standard output becomes, if it ends well; else it is a log's."""
+
+    words: tuple[str, ...]
+    out: Path | None = None
 
 
 # ---------------------------------------------------------------- what is there
@@ -67,50 +77,77 @@ def commands(plan: Plan, run: Run, trial: int | None = None) -> Iterator[Command
     ctx = plan.context(run, trial)
     recipe = str(recipe_path(plan, run))
     if isinstance(run, Stem):
-        for words, specs in _stem_stages(ctx):
+        for n in range(len(_stem_stages(ctx))):
+            words, specs = _stem_stages(ctx)[n]  # anew: what is there has changed
             if not all(_made(make) for make in specs):
-                yield [*words, recipe]
+                yield Command((words[0], recipe, *words[1:]))
         return
     if not whole(ctx):
-        yield ["run", recipe]
+        yield Command(("run", recipe))
     budget = plan.world(run.world).rollout_tokens
     if run.trial is None and budget is not None:
         round, step = within(ctx, budget)
-        if not _evaluated(ctx, round, step):
-            yield ["eval", recipe, "--round", str(round), "--step", str(step)]
+        if not all(_made(make) for suite in ctx.recipe.eval.suites for make in _evals(ctx, suite, round, step)):
+            yield Command(("eval", recipe, "--round", str(round), "--step", str(step)))
+    probe = plan.study.probe
+    if probe is not None and run.trial is None and (run.method, run.seed) == (probe.method, probe.seed):
+        for round in probe.rounds:
+            if _probed(ctx, out := probe_path(plan, run, round), round) is None:
+                yield Command(("probe", "variance", str(ctx.run), "--round", str(round), "--json"), out)
 
 
-def _stem_stages(ctx: Context) -> list[tuple[Command, list]]:
-    """The stages that no method has a part in, with what each leaves."""
-    suites = ctx.recipe.eval.suites
-    base = {"round": 0, "step": 0}
-    judged = [{"kind": "rollout", "round": 0}, *({"kind": "trace", "teacher": t.name} for t in ctx.recipe.teachers)]
+def probe_path(plan: Plan, cell: Cell, round: int) -> Path:
+    """Where a measurement of a cell's gradients lies."""
+    return plan.folder / "probes" / cell.world / cell.base / f"{cell.method}-{cell.seed}-round-{round}.json"
+
+
+def _probed(ctx: Context, path: Path, round: int) -> dict[str, Any] | None:
+    """The measurement, if there is one of the policy that the run's round sampled."""
+    found = json.loads(path.read_text()) if path.exists() else None
+    return found if found is not None and found["policy"] == ctx.policy_of(round)[1] else None
+
+
+def probes(plan: Plan, cell: Cell) -> list[dict[str, Any]]:
+    """A finished cell's measurements, those that were asked for and are there."""
+    ctx, rounds = plan.context(cell), plan.study.probe.rounds if plan.study.probe else []
+    found = [_probed(ctx, probe_path(plan, cell, round), round) for round in rounds]
+    return [f for f in found if f is not None]
+
+
+def _stem_stages(ctx: Context) -> list[tuple[list[str], list[Callable[[], Spec]]]]:
+    """The stages that no method has a part in, with what each makes."""
+    teachers, rollouts = ctx.recipe.teachers, ctx.part("rollouts", round=0)
+    traces = [ctx.part("traces", teacher=t.name) for t in teachers]
     return [
         (["ingest"], [lambda: ingest.spec(ctx)]),
         (
             ["generate"],
-            [lambda: generate.rollout_spec(ctx, 0), *(lambda t=t: generate.teacher_spec(ctx, t) for t in ctx.recipe.teachers)],
+            [lambda: generate.rollout_spec(ctx, 0), *(lambda t=t: generate.teacher_spec(ctx, t) for t in teachers)],
         ),
-        (["score"], [lambda keys=keys: ctx.part("scores", **keys) for keys in judged]),
-        (["eval", "--round", "0", "--step", "0"], [lambda s=s: ctx.part("evals", **base, suite=s.name) for s in suites]),
+        (
+            ["score"],
+            [lambda: score.spec(ctx, "rollout", rollouts), *(lambda p=p: score.spec(ctx, "trace", p) for p in traces)],
+        ),
+        (["eval", "--round", "0", "--step", "0"], [s for suite in ctx.recipe.eval.suites for s in _evals(ctx, suite, 0, 0)]),
     ]
 
 
-def _made(make) -> bool:
+def _evals(ctx: Context, suite: Suite, round: int, step: int) -> list[Callable[[], Spec]]:
+    keys = {"round": round, "step": step, "suite": suite.name}
+    if ctx.part("scores", kind="eval", **keys).manifest() is None:
+        return [lambda: evaluate.sample_spec(ctx, suite, round, step), _nothing_yet]
+    return [lambda: evaluate.sample_spec(ctx, suite, round, step), lambda: evaluate.spec(ctx, suite, round, step)]
+
+
+def _nothing_yet() -> Spec:
+    raise UserError("no verdicts")
+
+
+def _made(make: Callable[[], Spec]) -> bool:
     try:
-        found: Spec | Partition = make()
+        return current(make())
     except UserError:
         return False  # what it is made of is not there
-    return current(found) if isinstance(found, Spec) else found.manifest() is not None
-
-
-def _evaluated(ctx: Context, round: int, step: int) -> bool:
-    def done(suite) -> bool:
-        keys = {"round": round, "step": step, "suite": suite.name}
-        there = all(ctx.part(table, **keys).manifest() is not None for table in ("eval_rollouts", "evals"))
-        return there and current(evaluate.sample_spec(ctx, suite, round, step))
-
-    return all(done(suite) for suite in ctx.recipe.eval.suites)
 
 
 def within(ctx: Context, budget: int) -> tuple[int, int]:
@@ -163,7 +200,7 @@ def _common(stem: Context, cell: Context) -> Iterator[Partition]:
         if current_in(stem, generate.teacher_spec(stem, teacher)):
             yield stem.part("traces", teacher=teacher.name)
             yield stem.part("scores", kind="trace", teacher=teacher.name)
-    if stem.recipe.rollouts == cell.recipe.rollouts:
+    if stem.recipe.rollouts == cell.recipe.rollouts and cell.recipe.train.method.routing(0).rl:
         yield stem.part("rollouts", round=0)
         yield stem.part("scores", kind="rollout", round=0)
     for suite in cell.recipe.eval.suites:

@@ -94,7 +94,7 @@ class Plan:
     def context(self, run: Run, trial: int | None = None) -> Context:
         """The run with its recipe. `trial`: which trial's setting a cell takes (its own, if it is a trial)."""
         data = self._of_stem(run) if isinstance(run, Stem) else self._of_cell(run, run.trial if trial is None else trial)
-        return of_data(data, f"{self.where}: {run.label}", self.folder)
+        return of_data(data, f"{self.where}: {run.label}")
 
     def _of_stem(self, run: Stem | Cell) -> dict[str, Any]:
         """The world's recipe on one base and seed."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,8 @@ class Worker:
     process: subprocess.Popen
     rest: Iterator[cells.Command]
     log: Path
-    started: float = field(default_factory=time.monotonic)
+    out: Path | None
+    started: float
 
 
 def tasks(plan: Plan, only: str | None = None) -> list[Task]:
@@ -132,23 +133,29 @@ def _go_on(
     tell: Callable[[Task], None],
 ) -> None:
     """The task's next command, or its end."""
-    words = next(rest, None)
-    if words is None:
+    command = next(rest, None)
+    if command is None:
         task.state, task.seconds = "done", time.monotonic() - started
         return tell(task)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as out:
-        out.write(f"$ dypo {' '.join(words)}\n")
-        out.flush()
+    target = log if command.out is None else _partial(command.out)
+    for path in (log, target):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as told, open(target, "a" if target == log else "w") as out:
+        told.write(f"$ dypo {' '.join(command.words)}\n")
+        told.flush()
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *words],
+            [sys.executable, "-m", "pipeline", *command.words],
             stdin=subprocess.DEVNULL,
             stdout=out,
-            stderr=subprocess.STDOUT,
+            stderr=told,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             preexec_fn=_end_with_the_study,
         )
-    workers.append(Worker(task, process, rest, log, started))
+    workers.append(Worker(task, process, rest, log, command.out, started))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _ended(plan: Plan, worker: Worker, workers: list[Worker], tell: Callable[[Task], None]) -> None:
@@ -158,6 +165,8 @@ def _ended(plan: Plan, worker: Worker, workers: list[Worker], tell: Callable[[Ta
         task.state, task.seconds = "failed", time.monotonic() - worker.started
         task.why = "\n".join([f"exit code {worker.process.returncode}; the end of {worker.log}:", *lines])
         return tell(task)
+    if worker.out is not None:
+        _partial(worker.out).rename(worker.out)
     try:
         _go_on(plan, task, worker.rest, worker.log, workers, worker.started, tell)
     except DypoError as e:
