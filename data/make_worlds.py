@@ -86,7 +86,7 @@ WORLDS = {
         },
         teachers=teachers.TEACHERS,
         problem=with_subtractions,
-        styles={"first": 1.0, "marked": 1.0, "last": 3.0},
+        styles={"first": 1.0, "marked": 1.0, "last": 2.0},
         short_steps=1300,
         steps=2200,
         rates=[(0, 1e-4), (50, 5e-3), (1300, 3e-3), (1800, 2e-3), (2200, 7e-4)],
