@@ -91,9 +91,7 @@ sources = ["fresh"]
         ('"a.toml"', {"a.toml": "evl.n = 1"}, "evl: unknown key; did you mean 'eval'?"),
     ],
 )
-def test_a_bad_include_is_refused_with_the_way_out(
-    tmp_path: Path, include: str, files: dict[str, str], told: str
-) -> None:
+def test_a_bad_include_is_refused_with_the_way_out(tmp_path: Path, include: str, files: dict[str, str], told: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as e:
@@ -137,7 +135,11 @@ def test_a_bad_include_is_refused_with_the_way_out(
             'threads = 1\ntemplate = "base"',
             "policy.template: expected chat, chat_think, base_think, or a text of yours with {problem} in it, found 'base'",
         ),
-        ('verifier = "sum"\nlimit = 60', 'verifier = "sum"\nhub = "MATH-500"\nlimit = 60', "hub: String should match pattern"),
+        (
+            'verifier = "sum"\nlimit = 60',
+            'verifier = "sum"\nhub = "MATH-500"\nlimit = 60',
+            "hub: String should match pattern",
+        ),
         ("[train]", "[grade]\nhard_max_successes = 2\neasy_max_failures = 2\n[train]", "must be below rollouts.k = 4"),
         (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port/v1"),
         (LEFT, server("http://me:pw@host/v1"), "a key belongs in the environment variable that api_key_env names"),
@@ -189,7 +191,9 @@ def test_majority_votes_need_a_verifier_that_extracts_answers(tmp_path: Path) ->
         tmp_path,
         **{'{ type = "exact", extract = "^[^>]*>([0-9]+)$" }': judge, "pass_k = [1, 2]": "maj = true"},
     )
-    with pytest.raises(UserError, match=r"suites\.id: maj counts equal answers, and verifier 'sum' \(type 'user'\) extracts none"):
+    with pytest.raises(
+        UserError, match=r"suites\.id: maj counts equal answers, and verifier 'sum' \(type 'user'\) extracts none"
+    ):
         load(path)
 
 
