@@ -36,7 +36,11 @@ AIME24 = [
 ]  # fmt: skip
 AIME25 = [
     {"problem": "Find the least positive integer $n$ for which $n^2+n$ is divisible by $210$.", "answer": "14", "id": "0"},
-    {"problem": "How many three-digit integers have digits that strictly increase from left to right?", "answer": "84", "id": "1"},
+    {
+        "problem": "How many three-digit integers have digits that strictly increase from left to right?",
+        "answer": "84",
+        "id": "1",
+    },
     {"problem": "Both roots of $x^2-20x+c=0$ are primes. Find the sum of all possible $c$.", "answer": "142", "id": "2"},
 ]
 AMC = [  # ids start again in the second year, as there
@@ -55,7 +59,9 @@ def math(problem: str, solution: str, answer: str, subject: str, level: int, at:
 
 
 MATH500 = [
-    math("Simplify $\\sqrt{72}-\\sqrt{8}$.", "$6\\sqrt{2}-2\\sqrt{2}=\\boxed{4\\sqrt{2}}$.", "4\\sqrt{2}", "Prealgebra", 2, 1),
+    math(
+        "Simplify $\\sqrt{72}-\\sqrt{8}$.", "$6\\sqrt{2}-2\\sqrt{2}=\\boxed{4\\sqrt{2}}$.", "4\\sqrt{2}", "Prealgebra", 2, 1
+    ),
     math("For which $x$ is $|2x-3|<5$? Give an interval.", "$-5<2x-3<5$, so $\\boxed{(-1,4)}$.", "(-1,4)", "Algebra", 3, 2),
     math("What is $\\frac34$ of $\\frac29$?", "It is $\\boxed{\\frac{1}{6}}$.", "\\frac{1}{6}", "Prealgebra", 1, 3),
     math("Expand $(x-2)(x+5)$.", "$\\boxed{x^2+3x-10}$.", "x^2+3x-10", "Intermediate Algebra", 4, 4),
@@ -70,7 +76,12 @@ MINERVA = [
 
 
 def arc(id: str, question: str, texts: list[str], key: str, labels: str = "ABCDE") -> Row:
-    return {"id": id, "question": question, "choices": {"text": texts, "label": list(labels[: len(texts)])}, "answerKey": key}
+    return {
+        "id": id,
+        "question": question,
+        "choices": {"text": texts, "label": list(labels[: len(texts)])},
+        "answerKey": key,
+    }
 
 
 ARC = [

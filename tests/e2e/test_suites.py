@@ -25,7 +25,11 @@ def test_every_benchmark_goes_into_one_run_whose_recipe_is_whole(tmp_path: Path)
     counts = dict(prompts.group_by("source").len().iter_rows())
     assert {name: counts[name] for name in BENCHMARKS} == dict(zip(BENCHMARKS, (3, 3, 3, 4, 3, 4, 3), strict=True))
     gym = {name: n for name, n in counts.items() if name.startswith("gym")}
-    assert gym == {"gym_algebra": 149, "gym_arithmetic": 199, "gym_logic": 150}  # one repeated question each in the first two
+    assert gym == {
+        "gym_algebra": 149,
+        "gym_arithmetic": 199,
+        "gym_logic": 150,
+    }  # one repeated question each in the first two
     assert set(prompts.filter(pl.col("source") != "fresh")["messages"].list.first().struct.field("role")) == {"system"}
     assert "include" not in (tmp_path / "run" / "recipe.toml").read_text()
     assert "to do" in dypo("plan", tmp_path / "run").stdout
