@@ -94,7 +94,7 @@ def prompts_in(table: pa.Table) -> int:
 
 # ---------------------------------------------------------------- the formulas, in loops
 def written_out(name: str, table: pa.Table, model: torch.nn.Module) -> torch.Tensor:
-    method, rows = method_of(name), table.to_pylist()
+    rows = table.to_pylist()
     rl, traces = ([r for r in rows if r["route"] == route] for route in ("rl", "sft"))
     looked = {r["item_id"]: by_hand.forward_alone(model, r) for r in rows}
     logps = {item: lp for item, (lp, _) in looked.items()}
