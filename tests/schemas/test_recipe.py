@@ -44,7 +44,13 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
         ("pass_k = [1, 2]", "pass_k = [0]", "eval.suites.0.pass_k.0: Input should be greater than or equal to 1 (found 0)"),
         ("pass_k = [1, 2]", "pass_k = [1, 4]", "pass@4 needs n >= that, found n = 2"),
         ("[train]", "[grade]\nhard_max_successes = 2\neasy_max_failures = 2\n[train]", "must be below rollouts.k = 4"),
-        (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port/v1"),
+        (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port"),
+        (
+            "[score]",
+            "engine = { type = 'vllm_server', base_url = 'http://me:pw@host' }\n[score]",
+            "rollouts.engine.base_url: give the address alone",
+        ),
+        ("lr = 1e-3", "lr = 1e-3, grpo = { surrogate = 'unclipped', clip_high = 0.3 }", "surrogate = 'unclipped' has no bound"),
         (LEFT, server("http://me:pw@host/v1"), "a key belongs in the environment variable that api_key_env names"),
         (LEFT, server("https://host/v1?key=pw"), "a key belongs in the environment variable that api_key_env names"),
         (
