@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from schemas.address import Address
 from schemas.errors import UserError
-from schemas.methods import AnyMethod, DypoMethod
+from schemas.methods import ALL, AnyMethod, DypoMethod
+from schemas.methods.sft_then_rl import SFTThenRLMethod
 from schemas.model import Model
 from schemas.scorers import ScorerConfig
 
@@ -380,6 +381,21 @@ class Recipe(Model):
     grade: Grade = Grade()
     train: Train
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> "Recipe":
+        method, first = self.train.method, self.train.method.routing(0)
+        if (first.union or first.sft == ALL) and not self.teachers:
+            raise ValueError(
+                f"train.method: type = '{method.type}' learns from traces of every prompt, and the recipe has no [[teachers]]. Add one, "
+                "or take a method that reads rollouts alone (grpo, dapo, ...)"
+            )
+        if isinstance(method, SFTThenRLMethod) and self.rounds <= method.sft_rounds:
+            raise ValueError(
+                f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds}: raise rounds, or take "
+                "type = 'sft'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Recipe":
