@@ -60,7 +60,7 @@ def refuse_missing_files(ctx: Context) -> None:
             source_hash(verifier)
     grade.query_text(ctx.recipe.grade.query, "grade")
     grade.curriculum_text(ctx.recipe.grade.curriculum)
-    grade.query_text(ctx.recipe.train.method.query, f"route_{ctx.recipe.train.method.type}")
+    grade.query_text(ctx.recipe.train.method.query, "route")
 
 
 def due_for_eval(ctx: Context, round: int) -> bool:

@@ -36,6 +36,7 @@ from pipeline.store import (
 )
 from pipeline.traces import FITTING, write_fitting_traces
 from schemas.errors import UserError
+from schemas.methods import Method
 from schemas.tables import ARROW
 
 LISTS = ("prompt_tokens", "tokens", "old_logprobs")
@@ -79,6 +80,15 @@ def curriculum_text(curriculum: str | Path) -> str | None:
     if curriculum == "uniform":
         return None
     return query_text(curriculum if isinstance(curriculum, Path) else None, f"curriculum/{curriculum}")
+
+
+def routing_parameters(method: Method, round: int) -> dict[str, Any]:
+    """What a routing query is told of the method: which grades it trains on in this round, how, and its advantage."""
+    routing, grpo = method.routing(round), method.loss.grpo
+    return {
+        "rl": list(routing.rl), "sft": list(routing.sft), "union": routing.union, "graded": bool(routing.rl),
+        "advantage": grpo.advantage, "eps": grpo.eps,
+    }  # fmt: skip
 
 
 class Grading:
@@ -167,11 +177,11 @@ class Grading:
     def route(self) -> None:
         """Makes the keys of what is routed, one row a sequence, with the curriculum's weights."""
         method, g = self.ctx.recipe.train.method, self.ctx.recipe.grade
-        name = str(method.query or f"route_{method.type}.sql")
+        name = str(method.query or "route.sql")
         batches = self._select(
-            query_text(method.query, f"route_{method.type}"), ROUTED, "shards", name, own=method.query is not None,
-            round=self.round, k=self.ctx.recipe.rollouts.k, max_tokens=g.max_tokens, advantage_scale=method.grpo.advantage,
-            eps=method.grpo.eps,
+            query_text(method.query, "route"), ROUTED, "shards", name, own=method.query is not None,
+            round=self.round, k=self.ctx.recipe.rollouts.k, max_tokens=g.max_tokens, policy=self.ctx.policy_of(self.round)[1],
+            **routing_parameters(method, self.round),
         )  # fmt: skip
         self._routing_is_own = method.query is not None
         self._write_routed("routed", batches)

@@ -151,7 +151,7 @@ def memory(model: Model, recipe: Recipe, slots: int, group: Group) -> dict[str, 
     share = t.processes if t.spread == "fsdp" else 1
     trained = trained_parameters(model, t.lora)
     whole = model.parameters + (trained if t.lora else 0)
-    optimizers = 2 if t.method.schedule == "queue" else 1
+    optimizers = len(t.method.rates)
     rows: dict[str, float] = {
         "weights": word * whole / share,
         "gradients": word * trained / share,

@@ -16,6 +16,7 @@ from pipeline.stage import Spec, changes, found_fingerprint
 from pipeline.stages import evaluate, generate, grade, ingest, logprobs, score, train
 from pipeline.store import partitions, read_parts
 from schemas.errors import UserError
+from schemas.methods import Role
 
 BYTES_PER_TOKEN = 4.1  # id + float32 log-prob after byte-stream split and zstd: 0.51 of 8 bytes (measured)
 
@@ -69,9 +70,10 @@ class _Plan:
         key = {"round": n}
         drawn = r.rollouts.prompts_per_round
         prompts = drawn if train_rows is None else min(drawn or train_rows, train_rows)
-        wanted = None if prompts is None else prompts * r.rollouts.k
+        groups = bool(r.train.method.routing(n).rl)  # else the method reads no rollouts in this round
+        wanted = None if prompts is None else prompts * r.rollouts.k * groups
         sampled = (f"checkpoints/round={n - 1}",) if n else ()
-        if r.rollouts.sequential or r.rollouts.reuse:
+        if groups and (r.rollouts.sequential or r.rollouts.reuse):
             self.look("skips", "skips", key, lambda: skips.spec(ctx, n), after=sampled)
             found = ctx.part("skips", **key).manifest()
             wanted = None if wanted is None or found is None else wanted - int(found.facts["skipped"])
@@ -85,7 +87,7 @@ class _Plan:
         self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts)
         for route in ("rl", "sft"):
             self.look("route", "shards", {**key, "route": route}, lambda route=route: self.route_spec(n, route))
-        for role in r.train.method.logprob_roles:
+        for role in r.train.method.loss.logprob_roles:
             self.look("logprobs", "logprobs", {**key, "role": role}, lambda role=role: self.logprob_spec(n, role))
         self.look("train", "checkpoints", key, lambda: train.spec(ctx, n), after=sampled)
         if due_for_eval(ctx, n):
@@ -126,7 +128,7 @@ class _Plan:
             raise UserError(f"waits for grades/round={round}")
         return grade.route_spec(self.ctx, round, route, grades.identity)
 
-    def logprob_spec(self, round: int, role: logprobs.Role) -> Spec:
+    def logprob_spec(self, round: int, role: Role) -> Spec:
         if self.ctx.part("shards", round=round, route="rl").manifest() is None:
             raise UserError(f"waits for shards/round={round}")
         return logprobs.spec(self.ctx, round, role)

@@ -81,6 +81,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def vocabulary(folder: Path) -> dict[str, int]:
+    """The ids of a policy's tokens, by text."""
+    return Renderer(folder).vocabulary
+
+
 class Renderer:
     """The policy's tokenizer, and its chat template or the one that the recipe gives (policy.template)."""
 
@@ -109,6 +114,10 @@ class Renderer:
         self._eos: int = own if own in self.eos_ids else self.eos_ids[0]
         self._eos_text: str = self._tokenizer.decode([self._eos], skip_special_tokens=False)
         self._rendered = lru_cache(maxsize=65536)(self._render)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
 
     def prompt_tokens(self, messages: Messages) -> list[int]:
         """The ids that a response to `messages` continues."""

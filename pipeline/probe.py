@@ -80,7 +80,7 @@ def _newest(ctx: Context) -> int:
 
 def _reference(ctx: Context, round: int) -> pa.Table | None:
     """The round's stored reference log-probs, if training wrote those of these very shards."""
-    if not ctx.recipe.train.method.needs_reference or not current(logprobs.spec(ctx, round, "ref")):
+    if not ctx.recipe.train.method.loss.needs_reference or not current(logprobs.spec(ctx, round, "ref")):
         return None
     need(ctx.run, "logprobs", {"round": round, "role": "ref"}, command=f"dypo train {ctx.run} --round {round}")
     return read_parts(ctx.part("logprobs", round=round, role="ref").files(), "logprobs")

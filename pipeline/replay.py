@@ -19,7 +19,7 @@ from pipeline.stages.grade import route_spec
 from pipeline.stages.train import RunSink, Trainer, found, job, read_shards, spec, what_changed
 from pipeline.store import partitions, read_parts
 from schemas.errors import UserError, WorkError
-from schemas.recipe import DypoMethod
+from schemas.methods import Method
 
 METHOD = "train.method."
 REFUSED = {
@@ -147,7 +147,7 @@ def _as_recorded(ctx: Context, recorded: dict[str, Any]) -> Context:
     return replace(ctx, recipe=ctx.recipe.model_copy(update={"policy": policy, "train": train}))
 
 
-def _changed_method(ctx: Context, run: Path, round: int, overrides: list[str]) -> DypoMethod:
+def _changed_method(ctx: Context, run: Path, round: int, overrides: list[str]) -> Method:
     """The method under the overrides. UserError for one that is not of the loss alone."""
     for item in overrides:
         key = item.partition("=")[0]
@@ -158,7 +158,7 @@ def _changed_method(ctx: Context, run: Path, round: int, overrides: list[str]) -
             )
         if why := REFUSED.get(key.removeprefix(METHOD)):
             raise UserError(f"--set {item}: {key} {why}, so replay does not take it")
-        if key == f"{METHOD}alpha" and ctx.recipe.train.method.gal_weight is not None:
+        if key == f"{METHOD}alpha" and getattr(ctx.recipe.train.method, "gal_weight", None) is not None:
             raise UserError(f"--set {item}: the run has gal_weight, so alpha is not used; set {METHOD}gal_weight instead")
     changed = load(run, overrides)
     if route_spec(changed, round, "rl", "").config != route_spec(ctx, round, "rl", "").config:
@@ -169,10 +169,10 @@ def _changed_method(ctx: Context, run: Path, round: int, overrides: list[str]) -
     return changed.recipe.train.method
 
 
-def _stored(ctx: Context, round: int, changed: DypoMethod | None) -> dict[str, pa.Table]:
+def _stored(ctx: Context, round: int, changed: Method | None) -> dict[str, pa.Table]:
     """The stored log-probs of every role that one of the two methods reads."""
-    trained = ctx.recipe.train.method.logprob_roles
-    for role in dict.fromkeys((*trained, *(changed.logprob_roles if changed else ()))):
+    trained = ctx.recipe.train.method.loss.logprob_roles
+    for role in dict.fromkeys((*trained, *(changed.loss.logprob_roles if changed else ()))):
         part = ctx.part("logprobs", round=round, role=role)
         if role in trained:
             need(ctx.run, "logprobs", dict(part.keys), command=f"dypo train {ctx.run} --round {round}")
@@ -184,4 +184,4 @@ def _stored(ctx: Context, round: int, changed: DypoMethod | None) -> dict[str, p
             )
         else:
             part.verify()
-    return logprobs.read(ctx, round, dict.fromkeys((*trained, *(changed.logprob_roles if changed else ()))))
+    return logprobs.read(ctx, round, dict.fromkeys((*trained, *(changed.loss.logprob_roles if changed else ()))))

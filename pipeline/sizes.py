@@ -99,9 +99,9 @@ def _micro_batches(slots: float, units: int, t: Train) -> int:
 
 def _update_most(slots: Slots, t: Train) -> int:
     """Slots of the largest update: a step's, or a queue's that the step fills."""
-    if t.method.schedule == "joint":
+    if (queues := t.method.queues) is None:
         return slots.step_most
-    groups, traces = t.method.queue_groups + t.prompts_per_step, t.method.queue_size
+    groups, traces = queues.groups + t.prompts_per_step, queues.sft
     return max(groups * slots.group_most, traces * slots.trace_most if slots.round is not None else 0)
 
 
@@ -167,7 +167,7 @@ Line = tuple[str, str, str]  # what, how much, how it comes about
 def in_words(s: Sizes, recipe: Recipe) -> tuple[list[Line], list[Line]]:
     """(a step, memory of a process) for people."""
     method, k, slots = recipe.train.method, recipe.rollouts.k, s.slots
-    queue = method.schedule == "queue"
+    queue = method.queues
     on_each = f" on each of {s.processes} processes" if s.processes > 1 else ""
     step = [
         ("prompts", f"{s.prompts_per_step:,}", "gated ones, Hard and Mid" + (", drawn into two queues" if queue else "")),
@@ -184,9 +184,7 @@ def in_words(s: Sizes, recipe: Recipe) -> tuple[list[Line], list[Line]]:
             f"{s.updates:,}" + (" steps" if queue else ""),
             f"{s.rounds} rounds of {recipe.train.steps} steps"
             + (
-                f"; a step makes at most one of {method.queue_size} traces and one of {method.queue_groups} groups or more"
-                if queue
-                else ""
+                f"; a step makes at most one of {queue.sft} traces and one of {queue.groups} groups or more" if queue else ""
             ),
         ),
         ("learning rate", f"{s.lr:g}", _rate_in_words(recipe)),
@@ -244,8 +242,8 @@ def _rate_in_words(recipe: Recipe) -> str:
     words = [f"AdamW, {o.decay}" + (f" to {o.final_fraction:g} of it" if o.decay != "constant" else "")]
     if o.warmup_steps:
         words.append(f"{o.warmup_steps} steps of warm-up")
-    if method.sft_lr is not None:
-        words.append(f"{method.sft_lr:g} for traces")
+    if "sft" in method.rates:
+        words.append(f"{method.rates['sft']:g} for traces")
     return ", ".join(words)
 
 

@@ -1,6 +1,6 @@
 """The recipe: one TOML file describes a whole run. Unknown keys are errors, and the nearest known key is named.
 
-Class defaults are the vetted settings. `train.method` is a union on `type`, so rivals join as further members.
+Class defaults are the vetted settings. `train.method` is a union on `type`; schemas/methods/ has its members.
 Each stage's fingerprint hashes the slice of the recipe that its outputs depend on (pipeline/stage.py).
 """
 
@@ -8,30 +8,18 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from schemas import templates
-from schemas.address import without_secret
+from schemas.address import Address
 from schemas.errors import UserError
+from schemas.methods import ALL, AnyMethod, DypoMethod
+from schemas.methods.sft_then_rl import SFTThenRLMethod
+from schemas.model import Model
 from schemas.scorers import ScorerConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 HUB = r"^[\w.-]+/[\w.-]+(/[^@\s]+)?(@[\w./-]+)?$"
-
-
-class Model(BaseModel):
-    """Every recipe table: immutable, no unknown keys, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, tables merged key by key."""
-    out = dict(base)
-    for key, value in over.items():
-        old = out.get(key)
-        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return out
 
 
 # ---------------------------------------------------------------- prompts
@@ -143,7 +131,7 @@ class OpenAIEngine(Model):
     """Any OpenAI-compatible chat server. The key is read from the environment and never written anywhere."""
 
     type: Literal["openai"]
-    base_url: str
+    base_url: Address
     model: str
     api_key_env: str = "OPENAI_API_KEY"
     temperature: float = Field(default=0.7, ge=0)
@@ -155,11 +143,6 @@ class OpenAIEngine(Model):
     retries: int = Field(default=4, ge=0, description="of a request that timed out, got 429 or 5xx, or garbage")
     max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
     budget: Budget | None = None
-
-    @field_validator("base_url")
-    @classmethod
-    def _address_without_secret(cls, url: str) -> str:
-        return without_secret(url)
 
 
 class ReplayEngine(Model):
@@ -213,7 +196,7 @@ class VLLMServerEngine(Model):
     """A vLLM server in dev mode, whose weights are reloaded in place for each policy."""
 
     type: Literal["vllm_server"]
-    base_url: str = Field(description="of the server, without /v1: http://127.0.0.1:8000")
+    base_url: Address = Field(description="of the server, without /v1: http://127.0.0.1:8000")
     concurrency: int = Field(default=256, ge=1, description="requests at once; a sample is one request")
     batch_sequences: int = Field(default=4096, ge=1, description="sequences asked for before a part file is written")
     timeout_s: float = Field(default=600.0, gt=0)
@@ -348,157 +331,6 @@ class Grade(Model):
 
 
 # ---------------------------------------------------------------- training
-class GAL(Model):
-    """Group Alignment Loss (paper Eq. 14-15, 23; ALGORITHMS 7.3 rows 1 and 2)."""
-
-    logp_reduction: Literal["mean", "sum"] = "mean"
-    ref: Literal["init", "none", "old"] = "init"
-    beta: float = Field(default=1.0, gt=0)
-    pairs: Literal["correct", "reward"] = Field(
-        default="correct",
-        description="reward: of graded rewards (a judge's), every pair with R(s) > R(f) within a Mid group",
-    )
-
-
-class GRPO(Model):
-    """The policy-gradient term and its off-policy care (docs/losses.md has each formula)."""
-
-    ratio: Literal["token", "sequence"] = Field(default="token", description="sequence: GSPO, one ratio a row")
-    surrogate: Literal["clip", "cispo"] = Field(
-        default="clip", description="cispo: the clipped ratio is a constant weight; TRL's has clip_low 1 and clip_high 4"
-    )
-    clip_low: float = Field(default=0.2, gt=0, le=1, description="ratios below 1 - clip_low are clipped; 1: none are")
-    clip_high: float = Field(default=0.2, gt=0, description="ratios above 1 + clip_high are clipped")
-    dual_clip: float | None = Field(
-        default=None, gt=1, description="where the advantage is negative, no gradient from ratios above this; verl: 3"
-    )
-    old: Literal["sampler", "trainer"] = Field(
-        default="sampler",
-        description="whose log-probs of the sampling policy the ratio divides by; trainer: rows of role old",
-    )
-    truncation: Literal["none", "token", "sequence"] = Field(
-        default="none", description="old = trainer: weigh by min(exp(trainer - sampler), cap), of a token or of a whole row"
-    )
-    truncation_cap: float = Field(default=2.0, gt=0, description="the cap of truncation")
-    kl: float = Field(default=0.0, ge=0, description="weight of the KL (k3) to the base policy, a part of this term")
-    mask_truncated: bool = Field(
-        default=False, description="rollouts cut at max_tokens: no gradient, in GRPO, KL and GAL; they count in denominators"
-    )
-    aggregation: Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"] = Field(
-        default="seq-mean-token-mean", description="token-mean: over all Mid tokens of the update (DAPO); the last: Dr.GRPO"
-    )
-    horizon: int | None = Field(
-        default=None,
-        ge=1,
-        description="seq-mean-token-sum-norm only: the constant number of tokens that a row is divided by",
-    )
-    advantage: Literal["std", "none"] = Field(default="std", description="none: centred, not divided by the std")
-    eps: float = Field(default=1e-6, gt=0)
-
-    @model_validator(mode="after")
-    def _options_agree(self) -> "GRPO":
-        if self.surrogate == "cispo" and self.ratio == "sequence":
-            raise ValueError("surrogate = 'cispo' weighs each token by its own ratio; use ratio = 'token'")
-        if self.surrogate == "cispo" and self.dual_clip is not None:
-            raise ValueError("dual_clip bounds the clipped surrogate; surrogate = 'cispo' has its bound in clip_high")
-        if self.truncation == "token" and self.ratio == "sequence":
-            raise ValueError("ratio = 'sequence' has one ratio a row and takes one weight a row: truncation = 'sequence'")
-        if self.truncation != "none" and self.old == "sampler":
-            raise ValueError(
-                f"truncation = '{self.truncation}' weighs by the trainer's log-probs against the sampler's, so it needs "
-                "old = 'trainer'; with old = 'sampler' the ratio itself is against the sampler"
-            )
-        if (self.aggregation == "seq-mean-token-sum-norm") != (self.horizon is not None):
-            raise ValueError("horizon belongs to aggregation = 'seq-mean-token-sum-norm' and is needed there")
-        return self
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {"gal": {"logp_reduction": "sum"}, "sft_reduction": "prompt"},
-    "official": {
-        "gal": {"logp_reduction": "sum", "ref": "none", "beta": 0.1},
-        "grpo": {"ratio": "sequence"},
-        "gal_weight": 0.001,
-        "schedule": "queue",
-        "lr": 5e-7,
-        "sft_lr": 5e-6,
-    },
-}
-
-
-class DypoMethod(Model):
-    """DYPO (arXiv 2604.08926, Eq. 4) as ALGORITHMS section 7 resolves it; a preset fills what is not given."""
-
-    type: Literal["dypo"] = "dypo"
-    preset: Literal["default", "paper", "official"] = "default"
-    alpha: float = Field(default=0.5, ge=0, le=1, description="weight of GRPO; 1 - alpha is GAL's")
-    gal_weight: float | None = Field(
-        default=None, ge=0, description="if set: GRPO + gal_weight * GAL, and alpha is not used"
-    )
-    gamma: float = Field(default=1.0, ge=0, description="weight of SFT")
-    gal: GAL = GAL()
-    grpo: GRPO = GRPO()
-    sft_reduction: Literal["token", "prompt"] = "token"
-    normalise: Literal["gated", "all"] = Field(default="gated", description="all: Easy prompts count in n too")
-    schedule: Literal["joint", "queue"] = "joint"
-    queue_size: int = Field(default=16, ge=1, description="queue only: Hard prompts in one SFT update")
-    queue_groups: int = Field(default=8, ge=1, description="queue only: Mid groups in one RL update, at least")
-    lr: float = Field(default=1e-6, gt=0)
-    sft_lr: float | None = Field(default=None, gt=0, description="queue only: the second optimizer's learning rate")
-    query: Path | None = Field(
-        default=None, description="a routing .sql file of yours with the columns of shards but the lists"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        preset = dict(PRESETS.get(values.get("preset", "default"), {}))
-        if values.get("schedule") == "joint":
-            preset.pop("sft_lr", None)  # TOML cannot say "none", so what the user gives instead does
-        if "alpha" in values and "gal_weight" not in values:
-            preset.pop("gal_weight", None)
-        return _merge(preset, values)
-
-    @property
-    def gal_coefficient(self) -> float:
-        """GAL's weight within the Mid term; GRPO's is alpha, or 1 when gal_weight is set."""
-        return 1 - self.alpha if self.gal_weight is None else self.gal_weight
-
-    @property
-    def grpo_coefficient(self) -> float:
-        """GRPO's weight within the Mid term."""
-        return self.alpha if self.gal_weight is None else 1.0
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss compares with the base policy's log-probs, so that rows of role ref are needed."""
-        return (self.gal.ref == "init" and self.gal_coefficient > 0) or self.grpo.kl > 0
-
-    @property
-    def logprob_roles(self) -> tuple[Literal["old", "ref"], ...]:
-        """The roles of stored log-probs that the loss reads."""
-        old, ref = self.grpo.old == "trainer", self.needs_reference
-        return (*(("old",) if old else ()), *(("ref",) if ref else ()))
-
-    @model_validator(mode="after")
-    def _kl_has_a_weight(self) -> "DypoMethod":
-        if self.grpo.kl > 0 and self.grpo_coefficient == 0:
-            raise ValueError("grpo.kl is a part of the GRPO term, whose weight alpha is 0: set kl = 0, or alpha above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _queue_has_its_rate(self) -> "DypoMethod":
-        if (self.schedule == "queue") != (self.sft_lr is not None):
-            raise ValueError("sft_lr belongs to schedule = 'queue' (two optimizers) and is needed there; joint has one lr")
-        return self
-
-
-Method = Annotated[Union[DypoMethod], Field(discriminator="type")]
-
-
 class Optimizer(Model):
     """AdamW, warm-up and decay over the whole run's steps (rounds * steps)."""
 
@@ -540,7 +372,7 @@ class Train(Model):
         description="mean |trainer - sampler| over a round's log-probs, in nats a token, past which it is refused: when its first "
         "update sees it, or when `dypo audit logprobs` did",
     )
-    method: Method = DypoMethod()
+    method: AnyMethod = DypoMethod()
     optimizer: Optimizer = Optimizer()
 
 
@@ -588,6 +420,21 @@ class Recipe(Model):
     grade: Grade = Grade()
     train: Train
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> "Recipe":
+        method, first = self.train.method, self.train.method.routing(0)
+        if (first.union or first.sft == ALL) and not self.teachers:
+            raise ValueError(
+                f"train.method: type = '{method.type}' learns from traces of every prompt, and the recipe has no [[teachers]]. Add one, "
+                "or take a method that reads rollouts alone (grpo, dapo, ...)"
+            )
+        if isinstance(method, SFTThenRLMethod) and self.rounds <= method.sft_rounds:
+            raise ValueError(
+                f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds}: raise rounds, or take "
+                "type = 'sft'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Recipe":

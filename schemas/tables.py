@@ -214,7 +214,11 @@ shards = Table(
         C("reward", F64, "the verifier's number"),
         C("correct", B, "the verdict; GAL's pairs are correct against not correct"),
         C("advantage", F64, "(reward - group mean) / (group std + eps), std over k - 1; 0 for sft"),
-        C("group_size", I32, "rollouts in the group; 1 for sft"),
+        C(
+            "group_size",
+            I32,
+            "members of the group: its rollouts, and the trace if the method makes it one; 1 for a trace in none",
+        ),
         C("w_sft", F64, "gate times curriculum for the SFT term; never alpha, gamma or a denominator"),
         C("w_grpo", F64, "the same for GRPO"),
         C("w_gal", F64, "the same for GAL"),

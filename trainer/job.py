@@ -57,7 +57,7 @@ class Nowhere:
 class TrainJob:
     """One round of training.
 
-    shards: rows of schemas.ARROW["shards"] of this round, both routes. ref, old: rows of ARROW["logprobs"] with that role
+    shards: rows of schemas.ARROW["shards"] of this round, both routes. ref, old, teacher: rows of ARROW["logprobs"] with that role
     (None when the method reads none). graded: prompts of the round by grade (easy, mid, hard). start: HF folder of the
     policy that the round begins from, with the trainer state of the round before in its `trainer/` folder if there is one.
     rounds and round place this round in the run's learning-rate schedule.
@@ -70,10 +70,11 @@ class TrainJob:
     policy: Policy
     start: Path
     shards: pa.Table
-    ref: pa.Table | None
     graded: dict[str, int]
     sink: Sink
+    ref: pa.Table | None = None
     old: pa.Table | None = None
+    teacher: pa.Table | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schemas.recipe import GRPO, DypoMethod
+from schemas.methods import GRPO, Loss, Method
 from trainer.schedule import Step
 from trainer.step import Observed
 
@@ -20,7 +20,7 @@ CLOCKED = frozenset({"tokens_per_s"})  # what a clock decides: never the same tw
 def step_metrics(
     step: Step,
     seen: Mapping[str, Observed],
-    method: DypoMethod,
+    method: Method,
     *,
     graded: Mapping[str, int],
     seconds: float,
@@ -34,9 +34,11 @@ def step_metrics(
         out[f"grad_norm{suffix}"] = observed.grad_norm
         out[f"lr{suffix}"] = observed.rate
     for observed in every:
+        if observed.rl_rows or observed.silent_rows:
+            out |= _rollouts(observed)
         if observed.rl_rows:
-            out |= _policy(observed, method) | _alignment(observed)
-    if method.schedule == "queue":
+            out |= _policy(observed, method.loss) | _alignment(observed)
+    if method.queues is not None:
         out["queue/hard_waiting"] = step.cursor.hard_waiting
         out["queue/mid_waiting"] = step.cursor.mid_waiting
         out["queue/mid_dropped"] = len(step.dropped)
@@ -99,12 +101,12 @@ class RowNumbers:
     clip_fraction: float
 
 
-def by_row(seen: Observed, method: DypoMethod) -> list[RowNumbers]:
+def by_row(seen: Observed, loss: Loss) -> list[RowNumbers]:
     """The numbers of each of `seen.rl_rows`, in their order."""
     out = []
     for row, log_ratio_T in zip(seen.rl_rows, seen.log_ratios, strict=True):
-        by_sequence = method.grpo.ratio == "sequence"
-        clipped = _clipped(log_ratio_T.mean(keepdims=True) if by_sequence else log_ratio_T, row.advantage, method.grpo)
+        by_sequence = loss.grpo.ratio == "sequence"
+        clipped = _clipped(log_ratio_T.mean(keepdims=True) if by_sequence else log_ratio_T, row.advantage, loss.grpo)
         out.append(RowNumbers(float(log_ratio_T.mean()), float(_k3(log_ratio_T).mean()), float(clipped.mean())))
     return out
 
@@ -138,32 +140,39 @@ def _f64(logps: np.ndarray | None) -> np.ndarray:
     return logps.astype(np.float64)
 
 
-def _policy(seen: Observed, method: DypoMethod) -> dict[str, float | np.floating]:
-    """What the rl rows say about the policy now and where they came from."""
-    rows, log_ratio_N, numbers = seen.rl_rows, np.concatenate(seen.log_ratios), by_row(seen, method)
+def _rollouts(seen: Observed) -> dict[str, float | np.floating]:
+    """What the update's rollouts are, those of groups that had no gradient and were not run included."""
+    rows = seen.rl_rows + seen.silent_rows
+    return {
+        "reward": np.mean([r.reward for r in rows]),
+        "age": np.mean([r.age for r in rows]),
+        "completions/mean_length": np.mean([len(r.tokens) for r in rows]),
+        "completions/clipped_ratio": np.mean([r.finish_reason == "length" for r in rows]),
+    }
+
+
+def _policy(seen: Observed, loss: Loss) -> dict[str, float | np.floating]:
+    """What the rl rows say about the policy now."""
+    rows, log_ratio_N, numbers = seen.rl_rows, np.concatenate(seen.log_ratios), by_row(seen, loss)
     lengths = np.array([len(r.tokens) for r in rows])
-    clip_weights = None if method.grpo.ratio == "sequence" else lengths
+    clip_weights = None if loss.grpo.ratio == "sequence" else lengths
     out: dict[str, float | np.floating] = {
         "entropy": np.concatenate(seen.entropies).mean(),
         "clip_fraction": np.average([n.clip_fraction for n in numbers], weights=clip_weights),
         "ess": effective_sample_size(log_ratio_N),
         "ess_sequence": effective_sample_size(np.array([x.sum() for x in seen.log_ratios])),
         "kl": _k3(log_ratio_N).mean(),
-        "reward": np.mean([r.reward for r in rows]),
-        "age": np.mean([r.age for r in rows]),
-        "completions/mean_length": lengths.mean(),
-        "completions/clipped_ratio": np.mean([r.finish_reason == "length" for r in rows]),
     }
-    if method.needs_reference:
+    if loss.needs_reference:
         gaps = [_f64(r.ref_logps) - _f64(r.old_logps) - x for r, x in zip(rows, seen.log_ratios, strict=True)]
         out["kl_ref"] = _k3(np.concatenate(gaps)).mean()
-    if method.grpo.old == "trainer":
+    if loss.grpo.old == "trainer":
         gaps = [_f64(r.old_logps) - _f64(r.sampler_logps) for r in rows]
         out["mismatch/abs_difference"] = np.abs(np.concatenate(gaps)).mean()
-        if method.grpo.truncation != "none":
-            logs = np.array([x.sum() for x in gaps]) if method.grpo.truncation == "sequence" else np.concatenate(gaps)
-            out["mismatch/weight"] = np.exp(np.minimum(logs, np.log(method.grpo.truncation_cap))).mean()
-            out["mismatch/truncated"] = np.mean(logs > np.log(method.grpo.truncation_cap))
+        if loss.grpo.truncation != "none":
+            logs = np.array([x.sum() for x in gaps]) if loss.grpo.truncation == "sequence" else np.concatenate(gaps)
+            out["mismatch/weight"] = np.exp(np.minimum(logs, np.log(loss.grpo.truncation_cap))).mean()
+            out["mismatch/truncated"] = np.mean(logs > np.log(loss.grpo.truncation_cap))
     return out
 
 

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from schemas.recipe import DypoMethod, Optimizer
+from schemas.methods import Method
+from schemas.recipe import Optimizer, Train
 
 Optimizers = dict[str, torch.optim.AdamW]
 
 
-def build_optimizers(model: nn.Module, method: DypoMethod, settings: Optimizer) -> Optimizers:
-    """`main`, and `sft` on the same parameters when the schedule is queue."""
-    names = ["main", "sft"] if method.schedule == "queue" else ["main"]
-    return {name: _adamw(model, settings) for name in names}
+def build_optimizers(model: nn.Module, method: Method, settings: Optimizer) -> Optimizers:
+    """`main`, and `sft` on the same parameters where the method has a rate of its own for it."""
+    return {name: _adamw(model, settings) for name in method.rates}
 
 
 def _adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
@@ -32,9 +32,21 @@ def _adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
 
 
-def base_rate(method: DypoMethod, optimizer: str) -> float:
-    """The recipe's learning rate for `main` or `sft`."""
-    return method.sft_lr if optimizer == "sft" and method.sft_lr is not None else method.lr
+def update_rate(train: Train, optimizer: str, *, round: int, index: int, rounds: int, taken: int) -> float:
+    """The rate of an optimizer at step `index` of a round of a run of so many rounds; `taken` as in `learning_rate`.
+
+    A method with stages (`Method.stage`) has warm-up and decay in each, over the steps of its rounds.
+    """
+    stage = train.method.stage(round, rounds)
+    total = stage.rounds * train.steps
+    settings = train.optimizer
+    if stage.decay is not None:
+        settings = settings.model_copy(update={"decay": stage.decay})
+    if stage.warmup is not None:
+        settings = settings.model_copy(update={"warmup_steps": int(stage.warmup * total)})
+    step = (round - stage.first) * train.steps + index
+    base = train.method.rates[optimizer]
+    return learning_rate(settings, base, step=step, total=total, taken=None if stage.first else taken)
 
 
 def learning_rate(settings: Optimizer, base: float, *, step: int, total: int, taken: int | None = None) -> float:

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from schemas.errors import UserError, WorkError
 from schemas.ids import seed_from
-from schemas.recipe import DypoMethod, Policy, Train
+from schemas.methods import Loss, Method
+from schemas.recipe import Policy, Train
 from trainer.batch import pack
 from trainer.forward import reference_logprobs
 from trainer.losses import grpo_advantages
 from trainer.model import PolicyLM, load_model
 from trainer.objective import Counts, Unit, components, count, micro_batch, mixture
 from trainer.rows import Row, Shards
-from trainer.schedule import Visit, plan_round
+from trainer.schedule import Visit, first_epoch
 from trainer.sketch import Sketch
 from trainer.variance import (
     Array,
@@ -86,14 +87,20 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
     Raises UserError before the model is loaded if neither route has MIN_PROMPTS prompts, or the run's gradient is none that
     is measured here (grpo.old = trainer, LoRA).
     """
-    if job.train.method.grpo.old == "trainer" or job.train.lora is not None:
+    loss = job.train.method.loss
+    if loss.grpo.old == "trainer" or job.train.lora is not None:
         raise UserError(
             "probe variance: not with grpo.old = 'trainer' or train.lora, whose gradient is another one than it would measure; "
             "set grpo.old = 'sampler', or probe a run that trains all weights"
         )
+    if loss.off_policy != "none" or loss.rollout_term != "surrogate":
+        raise UserError(
+            f"probe variance: not with method {job.train.method.type}, whose groups have a trace as a member or whose advantages are not "
+            "the group's; probe a run of another method on the same rows"
+        )
     visits, gated = _chosen(job)
     method = job.train.method
-    names = {"sft": ["sft"], "rl": ["grpo", "gal"] if method.gal_coefficient > 0 else ["grpo"]}
+    names = {"sft": ["sft"], "rl": ["grpo", "gal"] if loss.gal is not None else ["grpo"]}
     shards = _rows(job, visits)
     model = load_model(job.folder, job.policy)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -105,8 +112,8 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
         unit = shards.rows(visit.items)
         splits = _splits(unit, job) if visit.route == "rl" else []
         parts: list[Part] = [(range(len(unit)), unit)]
-        parts += [_half(unit, at, method) for pair in splits for at in pair]
-        gradients = part_gradients(model, unit, parts, names[visit.route], method)
+        parts += [_half(unit, at, loss) for pair in splits for at in pair]
+        gradients = part_gradients(model, unit, parts, names[visit.route], loss)
         found: list[dict[str, Array]] = [{} for _ in parts]
         for part, name, gradient in gradients:
             found[part][name] = _finite(sketch(gradient), visit)
@@ -131,11 +138,7 @@ def _chosen(job: VarianceJob) -> tuple[list[Visit], dict[str, int]]:
 
     A route with fewer than MIN_PROMPTS is left out. Also how many prompts each route has.
     """
-    everything = len(job.shards["prompt_id"].unique())
-    joint = job.train.method.model_copy(update={"schedule": "joint"})
-    train = job.train.model_copy(update={"steps": 1, "prompts_per_step": max(everything, 1), "method": joint})
-    plan = plan_round(job.shards, train, seed=job.seed, round=job.round)
-    visits = plan[0].updates[0].visits if plan else ()
+    visits = first_epoch(job.shards, seed=job.seed, round=job.round)
     routes = {route: [v for v in visits if v.route == route] for route in ("rl", "sft")}
     gated = {route: len(of) for route, of in routes.items()}
     chosen = [v for of in routes.values() if min(len(of), job.prompts) >= MIN_PROMPTS for v in of[: job.prompts]]
@@ -152,18 +155,19 @@ def _rows(job: VarianceJob, visits: Sequence[Visit]) -> Shards:
     """The visits' rows, with reference log-probs if the method reads them."""
     shards = job.shards.filter(pc.field("prompt_id").isin(sorted({v.prompt_id for v in visits})))
     ref = job.ref
-    if not job.train.method.needs_reference:
+    if not job.train.method.loss.needs_reference:
         ref = None
     elif ref is None:
         tables = list(reference_logprobs(job.base, shards, job.policy, job.train.micro_batch_tokens))
         ref = pa.concat_tables(tables) if tables else None
-    method = job.train.method
-    return Shards(shards, ref, mask_truncated=method.grpo.mask_truncated, pairs=method.gal.pairs)
+    loss = job.train.method.loss
+    pairs = loss.gal.pairs if loss.gal is not None else "correct"
+    return Shards(shards, ref, mask_truncated=loss.grpo.mask_truncated, pairs=pairs)
 
 
 # ---------------------------------------------------------------- gradients
 def part_gradients(
-    model: PolicyLM, unit: Unit, parts: Sequence[Part], names: Sequence[str], method: DypoMethod
+    model: PolicyLM, unit: Unit, parts: Sequence[Part], names: Sequence[str], loss: Loss
 ) -> Iterator[tuple[int, str, list[Tensor]]]:
     """(part, component, gradient that the part contributes as an update of its own: a tensor a parameter), one at a time.
 
@@ -171,12 +175,12 @@ def part_gradients(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = str(model.device)
-    logps_BT, _ = model(pack(unit, model.device, share=model.packed))
+    logps_BT, entropy_BT = model(pack(unit, model.device, share=model.packed))
     for number, (at, rows) in enumerate(parts):
-        batch = micro_batch([rows], count([rows], 1), method, device)
+        batch = micro_batch([rows], count([rows], 1), loss, device)
         columns = batch.old_BT.shape[1]
         leaf_BT = logps_BT.detach()[list(at), :columns].requires_grad_()
-        values = components(leaf_BT, batch, method)
+        values = components(leaf_BT, entropy_BT[list(at), :columns], batch, loss)
         for name in names:
             (grad_BT,) = torch.autograd.grad(getattr(values, name), leaf_BT, retain_graph=True)
             seed_BT = torch.zeros_like(logps_BT)
@@ -223,11 +227,11 @@ def _splits(unit: Unit, job: VarianceJob) -> list[tuple[list[int], list[int]]]:
     return random_splits([row.correct for row in unit], SPLITS, seed)
 
 
-def _half(unit: Unit, at: Sequence[int], method: DypoMethod) -> Part:
+def _half(unit: Unit, at: Sequence[int], loss: Loss) -> Part:
     """Some rows of a group as a group of their own, with its own advantages."""
     rewards = torch.tensor([unit[i].reward for i in at], dtype=torch.float64)
-    advantages = grpo_advantages(rewards, scale=method.grpo.advantage, eps=method.grpo.eps).tolist()
-    rows: list[Row] = [replace(unit[i], advantage=a) for i, a in zip(at, advantages, strict=True)]
+    advantages = grpo_advantages(rewards, scale=loss.grpo.advantage, eps=loss.grpo.eps).tolist()
+    rows: list[Row] = [replace(unit[i], advantage=a, group_size=len(at)) for i, a in zip(at, advantages, strict=True)]
     return at, rows
 
 
@@ -245,9 +249,11 @@ def _add_halves(halves: Halves, found: Sequence[dict[str, Array]], correct: Sequ
 
 
 # ---------------------------------------------------------------- results
-def _results(sketches: dict[str, Array], halves: Halves, method: DypoMethod, seed: int) -> dict[str, Any]:
+def _results(sketches: dict[str, Array], halves: Halves, method: Method, seed: int) -> dict[str, Any]:
     """Components, pairs of them, Eq. 19, and the same within prompts."""
-    mixed = mixture(method, Counts(prompts=1, hard=0, mid=1, rows=1, sft_tokens=0, rl_tokens=1, pairs=1))
+    mixed = mixture(
+        method.weights(0), method.loss, Counts(prompts=1, hard=0, mid=1, rows=1, sft_tokens=0, rl_tokens=1, pairs=1)
+    )
     both = {"grpo", "gal"} <= set(sketches)
     if both:
         sketches = sketches | {"mix": mixed.grpo * sketches["grpo"] + mixed.gal * sketches["gal"]}

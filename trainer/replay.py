@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import UserError
-from schemas.recipe import DypoMethod
+from schemas.methods import Method
 from trainer.job import TrainJob
 from trainer.metrics import CLOCKED, summary
 from trainer.optim import Optimizers
@@ -58,9 +58,7 @@ class Replayed:
     cosines: dict[str, float | None]
 
 
-def replay_step(
-    job: TrainJob, step: int, *, draws: pa.Table, metrics: pa.Table, method: DypoMethod | None = None
-) -> Replayed:
+def replay_step(job: TrainJob, step: int, *, draws: pa.Table, metrics: pa.Table, method: Method | None = None) -> Replayed:
     """Makes step `step` of the job's round again; with `method`, a second time under it.
 
     draws and metrics: the round's stored rows. The sink is only asked for checkpoints and told the progress.

@@ -24,6 +24,7 @@ class Row:
 
     old_logps: what ratios divide by; the sampler's own (`sampler_logps`), or rows of role old where the method reads them.
     masked: the row counts in every denominator and gives no gradient. by_reward: GAL's pairs compare rewards.
+    group_size: members of the row's group; 1 for a trace that is in none. teacher_logps: of the policy to distill from.
     """
 
     item_id: str
@@ -43,9 +44,16 @@ class Row:
     w_sft: float
     w_grpo: float
     w_gal: float
+    group_size: int = 1
     sampler_logps: np.ndarray | None = None
+    teacher_logps: np.ndarray | None = None
     masked: bool = False
     by_reward: bool = False
+
+    @property
+    def member(self) -> bool:
+        """Whether it is a trace that is a member of its prompt's group."""
+        return self.route == "sft" and self.group_size > 1
 
     @property
     def rating(self) -> float:
@@ -64,8 +72,9 @@ class Shards:
     def __init__(
         self,
         shards: pa.Table,
-        ref: pa.Table | None,
+        ref: pa.Table | None = None,
         old: pa.Table | None = None,
+        teacher: pa.Table | None = None,
         *,
         mask_truncated: bool = False,
         pairs: str = "correct",
@@ -77,7 +86,8 @@ class Shards:
                 raise UserError(f"shards: item {key[1]} of route {key[0]} is there twice; grade the round again")
         self._mask_truncated = mask_truncated
         self._by_reward = pairs == "reward"
-        self._roles = {role: t.combine_chunks() for role, t in (("ref", ref), ("old", old)) if t is not None}
+        given = {"ref": ref, "old": old, "teacher": teacher}
+        self._roles = {role: t.combine_chunks() for role, t in given.items() if t is not None}
         self._role_at = {
             role: {item: at for at, item in enumerate(t["item_id"].to_pylist())} for role, t in self._roles.items()
         }
@@ -108,6 +118,7 @@ class Shards:
             tokens=_numbers(get["tokens"], np.int64),
             old_logps=stored.get("old", sampler),
             ref_logps=stored.get("ref"),
+            teacher_logps=stored.get("teacher"),
             finish_reason=get["finish_reason"].as_py(),
             reward=get["reward"].as_py(),
             correct=get["correct"].as_py(),
@@ -115,6 +126,7 @@ class Shards:
             w_sft=get["w_sft"].as_py(),
             w_grpo=get["w_grpo"].as_py(),
             w_gal=get["w_gal"].as_py(),
+            group_size=get["group_size"].as_py(),
             sampler_logps=sampler,
             masked=rl and self._mask_truncated and get["finish_reason"].as_py() == "length",
             by_reward=self._by_reward,
@@ -143,6 +155,7 @@ class Shards:
 _NEEDED = (
     *("item_id", "prompt_id", "route", "teacher", "round", "source_round", "temperature", "prompt_tokens", "tokens"),
     *("old_logprobs", "finish_reason", "reward", "correct", "advantage", "w_sft", "w_grpo", "w_gal"),
+    "group_size",
 )
 
 
@@ -165,6 +178,7 @@ def _check(shards: pa.Table) -> None:
     tokens = _lengths(shards["tokens"])
     olds = _lengths(shards["old_logprobs"])
     light = _columns(shards, "route", "item_id", "prompt_id", "group_size", "w_gal", "temperature")
+    with_trace = {prompt for route, _, prompt, size, *_ in zip(*light, strict=True) if route == "sft" and size > 1}
     for route, item, prompt, size, w_gal, temperature, p, t, old in zip(*light, prompts, tokens, olds, strict=True):
         if route not in ("sft", "rl"):
             raise UserError(f"shards: item {item} has route {route!r}; expected sft or rl")
@@ -177,9 +191,10 @@ def _check(shards: pa.Table) -> None:
                 raise UserError(f"shards: item {item} was sampled at temperature {temperature}; training needs above 0")
             groups.setdefault(prompt, []).append((size, w_gal))
     for prompt, rows in groups.items():
-        if any(size != len(rows) for size, _ in rows):
+        members = len(rows) + (prompt in with_trace)
+        if any(size != members for size, _ in rows):
             raise UserError(
-                f"shards: the group of prompt {prompt} has {len(rows)} rows and says group_size {rows[0][0]}; "
+                f"shards: the group of prompt {prompt} has {members} members and says group_size {rows[0][0]}; "
                 "a group is trained on whole or not at all: grade the round again"
             )
         if len({w for _, w in rows}) > 1:

@@ -22,8 +22,8 @@ from trainer.journal import Journal
 from trainer.metrics import RowNumbers, by_row, step_metrics, summary
 from trainer.mismatch import refuse_mismatch
 from trainer.model import PolicyLM, device_of, load_model, recompute_activations
-from trainer.objective import Unit, count
-from trainer.optim import Optimizers, apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
+from trainer.objective import Unit, count, mixture
+from trainer.optim import Optimizers, apply_update, build_optimizers, gradient_norm, update_rate
 from trainer.rows import Row, Shards
 from trainer.schedule import Cursor, Step, Update, plan_round
 from trainer.step import Observed, accumulate, merged
@@ -76,15 +76,18 @@ def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> Round
 
 def shards_of(job: TrainJob) -> Shards:
     """The rows of the job as its method reads them, checked. Raises UserError for the first that cannot be trained on."""
-    method = job.train.method
-    roles = {role: getattr(job, role) for role in method.logprob_roles}
+    loss = job.train.method.loss
+    roles = {role: getattr(job, role) for role in loss.logprob_roles}
     for role, rows in roles.items():
         if rows is None:
             raise UserError(
-                f"the method reads log-probs of role {role} (train.method: gal.ref, grpo.kl, grpo.old); none were given"
+                f"the method reads log-probs of role {role} (train.method: gal.ref, grpo.kl, grpo.old, teacher); none were given"
             )
     return Shards(
-        job.shards, roles.get("ref"), roles.get("old"), mask_truncated=method.grpo.mask_truncated, pairs=method.gal.pairs
+        job.shards,
+        **roles,
+        mask_truncated=loss.grpo.mask_truncated,
+        pairs=loss.gal.pairs if loss.gal is not None else "correct",
     )
 
 
@@ -157,7 +160,7 @@ def take_step(
         taken, fresh = before + step.index, update is first
         seen[update.optimizer] = _update(job, model, optimizers, step, update, units, taken, team, fresh=fresh)
     metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
-    numbers = {row.item_id: n for o in seen.values() for row, n in zip(o.rl_rows, by_row(o, method), strict=True)}
+    numbers = {row.item_id: n for o in seen.values() for row, n in zip(o.rl_rows, by_row(o, method.loss), strict=True)}
     return drawn, numbers, metrics
 
 
@@ -174,29 +177,17 @@ def _update(
     fresh: bool,
 ) -> Observed:
     """One call of one optimizer; `taken` steps were really made before it in the run. fresh: none was in the round."""
-    train = job.train
-    seen = accumulate(
-        model,
-        units,
-        count(units, update.prompts),
-        train.method,
-        micro_batch_tokens=train.micro_batch_tokens,
-        easy_scale=_easy_scale(job),
-        team=team,
-    )
+    train, loss, counts = job.train, job.train.method.loss, count(units, update.prompts)
+    weights = train.method.weights(job.round * train.steps + step.index)
+    mix = mixture(weights, loss, counts, easy_scale=_easy_scale(job))
+    seen = accumulate(model, units, counts, loss, mix, micro_batch_tokens=train.micro_batch_tokens, team=team)
     seen = merged(team.everyones(seen))
     norm = gradient_norm(model.parameters())
     seen.grad_norm = norm.item()
     _refuse_non_finite(seen, job, step, units)
     if fresh:
         refuse_mismatch(seen, limit=train.max_logprob_difference, where=f"train, round {job.round}, step {step.index}")
-    seen.rate = learning_rate(
-        train.optimizer,
-        base_rate(train.method, update.optimizer),
-        step=job.round * train.steps + step.index,
-        total=job.rounds * train.steps,
-        taken=taken,
-    )
+    seen.rate = update_rate(train, update.optimizer, round=job.round, index=step.index, rounds=job.rounds, taken=taken)
     apply_update(optimizers[update.optimizer], rate=seen.rate, clip_norm=train.optimizer.clip_norm, norm=norm)
     return seen
 
@@ -215,7 +206,7 @@ def _refuse_non_finite(seen: Observed, job: TrainJob, step: Step, units: list[Un
 
 def _easy_scale(job: TrainJob) -> float:
     """normalise = all: n counts the Easy prompts that a draw over all graded prompts would have held."""
-    if job.train.method.normalise == "gated":
+    if job.train.method.loss.normalise != "all":
         return 1.0
     gated = len(job.shards["prompt_id"].unique())
     return gated / (gated + job.graded.get("easy", 0))

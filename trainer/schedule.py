@@ -7,8 +7,8 @@ nothing has to be remembered between steps: whoever resumes computes the plan ag
              prompt's visit draws a teacher uniformly among those with a trace of it, then one of its traces uniformly.
              A Mid prompt's visit is its whole group.
     joint    One update a step, Hard and Mid visits together (DYPO Eq. 4).
-    queue    Visits enter two FIFO queues (ALGORITHMS 7.2, 7.3 rows 10, 12, 13). queue_size Hard visits waiting: one SFT
-             update of exactly so many, at most one a step and before the RL update. queue_groups Mid visits waiting:
+    queues   Visits enter two FIFO queues (ALGORITHMS 7.2, 7.3 rows 10, 12, 13). queues.sft Hard visits waiting: one SFT
+             update of exactly so many, at most one a step and before the RL update. queues.groups Mid visits waiting:
              one RL update of all of them. A Mid visit may wait one step; when it would be trained two or more steps
              after its draw it is dropped. Queues begin empty in each round, since their rows belong to the round.
 
@@ -24,6 +24,7 @@ from typing import Literal
 import pyarrow as pa
 
 from schemas.ids import seed_from
+from schemas.methods import Queues
 from schemas.recipe import Train
 from trainer.rows import Key
 
@@ -90,7 +91,7 @@ def plan_round(shards: pa.Table, train: Train, *, seed: int, round: int) -> list
         train.prompts_per_step, len(prompts)
     )  # a shard shorter than a step is visited once; a step across two epochs may hold a prompt twice
     draws = _draws(prompts, seed=seed, round=round)
-    joint = train.method.schedule == "joint"
+    queues, optimizer = train.method.queues, train.method.stage(round, round + 1).optimizer
     hard: deque[Visit] = deque()
     mid: deque[Visit] = deque()
     steps: list[Step] = []
@@ -98,13 +99,13 @@ def plan_round(shards: pa.Table, train: Train, *, seed: int, round: int) -> list
     for index in range(train.steps):
         drawn = [(epoch, p) for epoch, p in islice(draws, size)]
         visits = [v for epoch, p in drawn for v in _visits(p, prompts[p], index, seed=seed, round=round, epoch=epoch)]
-        if joint:
-            updates, dropped = [Update("main", tuple(visits), len(drawn))], []
+        if queues is None:
+            updates, dropped = [Update(optimizer, tuple(visits), len(drawn))], []
         else:
             hard.extend(v for v in visits if v.route == "sft")
             mid.extend(v for v in visits if v.route == "rl")
             dropped = [mid.popleft() for _ in range(sum(index - v.drawn > MAX_WAIT for v in mid))]
-            updates = list(_pops(hard, mid, train))
+            updates = list(_pops(hard, mid, queues))
         trained = [v.route for u in updates for v in u.visits]
         cursor = Cursor(
             epoch=drawn[-1][0],
@@ -117,6 +118,13 @@ def plan_round(shards: pa.Table, train: Train, *, seed: int, round: int) -> list
         )
         steps.append(Step(index, tuple(updates), tuple(dropped), cursor))
     return steps
+
+
+def first_epoch(shards: pa.Table, *, seed: int, round: int) -> list[Visit]:
+    """Every prompt's visits in the order of the round's first epoch, as one joint step would draw them."""
+    prompts = _prompts(shards)
+    order = islice(_draws(prompts, seed=seed, round=round), len(prompts)) if prompts else ()
+    return [v for epoch, p in order for v in _visits(p, prompts[p], 0, seed=seed, round=round, epoch=epoch)]
 
 
 def _prompts(shards: pa.Table) -> dict[str, _Prompt]:
@@ -154,12 +162,11 @@ def _visits(prompt_id: str, prompt: _Prompt, step: int, *, seed: int, round: int
         yield Visit(prompt_id, "rl", None, tuple(("rl", item) for _, item in prompt.group), step)
 
 
-def _pops(hard: deque[Visit], mid: deque[Visit], train: Train) -> Iterator[Update]:
-    method = train.method
-    if len(hard) >= method.queue_size:
-        visits = tuple(hard.popleft() for _ in range(method.queue_size))
+def _pops(hard: deque[Visit], mid: deque[Visit], queues: Queues) -> Iterator[Update]:
+    if len(hard) >= queues.sft:
+        visits = tuple(hard.popleft() for _ in range(queues.sft))
         yield Update("sft", visits, len(visits))
-    if len(mid) >= method.queue_groups:
+    if len(mid) >= queues.groups:
         visits = tuple(mid)
         mid.clear()
         yield Update("main", visits, len(visits))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from schemas.recipe import DypoMethod
+from schemas.methods import Loss
 from trainer.batch import Batch, pack, plan_micro_batches, split, unit_sizes
 from trainer.losses import pair_margins
 from trainer.model import PolicyLM
@@ -33,7 +33,7 @@ from trainer.objective import (
     components,
     gal_summaries,
     micro_batch,
-    mixture,
+    silent,
 )
 from trainer.rows import Row
 from trainer.team import ALONE, Team
@@ -45,6 +45,7 @@ class Observed:
 
     log_ratios and entropies: one array a row of `rl_rows`, a value a token. margins: GAL's d of every pair, and
     length_gaps the pair's difference in tokens, right minus wrong. broken: items whose log-ratio or gradient is not finite.
+    silent_rows: rl rows of groups that were not run, as they have no gradient.
     """
 
     counts: Counts
@@ -53,6 +54,7 @@ class Observed:
     grpo: float = 0.0
     gal: float = 0.0
     rl_rows: list[Row] = field(default_factory=list)
+    silent_rows: list[Row] = field(default_factory=list)
     log_ratios: list[np.ndarray] = field(default_factory=list)
     entropies: list[np.ndarray] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
@@ -88,17 +90,20 @@ def accumulate(
     model: PolicyLM,
     units: Sequence[Unit],
     counts: Counts,
-    method: DypoMethod,
+    loss: Loss,
+    mix: Mixture,
     *,
     micro_batch_tokens: int,
-    easy_scale: float = 1.0,
     team: Team = ALONE,
 ) -> Observed:
-    """Adds the gradient of `units` to the `.grad`s. `counts` are the whole update's, of which they may be a share.
+    """Adds the gradient of `units` to the `.grad`s. `counts` and `mix` are the whole update's, of which they may be a share.
 
     With a team of several processes the `.grad`s hold the sum over its ranks, and what is returned is this rank's part.
     """
-    seen = Observed(counts, mixture(method, counts, easy_scale=easy_scale))
+    seen = Observed(counts, mix)
+    if team.leads:
+        seen.silent_rows = [row for unit in units if unit[0].route == "rl" and silent(unit, loss) for row in unit]
+    units = [unit for unit in units if not silent(unit, loss)]
     sizes = unit_sizes(units, share=model.packed)
     plan = plan_micro_batches(sizes, micro_batch_tokens, team.world)
     for at, by_rank in enumerate(plan):
@@ -106,8 +111,8 @@ def accumulate(
         passes = max(1, *map(len, pieces))
         last = at == len(plan) - 1
         mine = [units[i] for i in by_rank[team.rank]]
-        batch = micro_batch(mine, counts, method, str(model.device)) if mine else None
-        _micro_step(model, batch, pieces[team.rank], passes, seen, method, team, last)
+        batch = micro_batch(mine, counts, loss, str(model.device)) if mine else None
+        _micro_step(model, batch, pieces[team.rank], passes, seen, loss, team, last)
     return seen
 
 
@@ -125,7 +130,7 @@ def _micro_step(
     pieces: list[tuple[int, int]],
     passes: int,
     seen: Observed,
-    method: DypoMethod,
+    loss: Loss,
     team: Team,
     last: bool,
 ) -> None:
@@ -136,7 +141,7 @@ def _micro_step(
     if passes == 1:
         with team.sums_gradients(last):
             logps_BT, entropy_BT = team.run(model, packs[0])
-            mixed_BT = _losses(seen, batch, method, logps_BT.detach(), entropy_BT)
+            mixed_BT = _losses(seen, batch, loss, logps_BT.detach(), entropy_BT)
             logps_BT.backward(torch.zeros_like(logps_BT) if mixed_BT is None else mixed_BT * team.world)
         return
     with torch.no_grad():
@@ -144,7 +149,7 @@ def _micro_step(
     mixed_BT = None
     if batch is not None:
         logps_BT, entropy_BT = (_stack([look[i] for look in looks], batch.mask_BT.shape[1]) for i in (0, 1))
-        mixed_BT = _losses(seen, batch, method, logps_BT, entropy_BT)
+        mixed_BT = _losses(seen, batch, loss, logps_BT, entropy_BT)
     for at, packed in enumerate(packs):
         with team.sums_gradients(last and at == passes - 1):
             again_BT, _ = team.run(model, packed)
@@ -166,17 +171,15 @@ def _stack(parts: list[Tensor], width: int) -> Tensor:
     return torch.cat([F.pad(part_BT, (0, width - part_BT.shape[1])) for part_BT in parts])
 
 
-def _losses(
-    seen: Observed, batch: MicroBatch | None, method: DypoMethod, logps_BT: Tensor, entropy_BT: Tensor
-) -> Tensor | None:
+def _losses(seen: Observed, batch: MicroBatch | None, loss: Loss, logps_BT: Tensor, entropy_BT: Tensor) -> Tensor | None:
     """d loss / d log-prob of each token, noted in `seen` on the way; None where there are no rows."""
     if batch is None:
         return None
     leaf_BT = logps_BT.requires_grad_()
-    values = components(leaf_BT, batch, method)
+    values = components(leaf_BT, entropy_BT, batch, loss)
     grads = _gradients(values, leaf_BT)
     mixed_BT = seen.mixture.sft * grads.sft + seen.mixture.grpo * grads.grpo + seen.mixture.gal * grads.gal
-    _observe(seen, batch, method, leaf_BT.detach(), entropy_BT, values, grads, mixed_BT)
+    _observe(seen, batch, loss, leaf_BT.detach(), entropy_BT, values, grads, mixed_BT)
     return mixed_BT
 
 
@@ -192,7 +195,7 @@ def _gradients(values: Components, leaf_BT: Tensor) -> Components:
 def _observe(
     seen: Observed,
     batch: MicroBatch,
-    method: DypoMethod,
+    loss: Loss,
     logps_BT: Tensor,
     entropy_BT: Tensor,
     values: Components,
@@ -217,12 +220,12 @@ def _observe(
         seen.rl_rows.append(row)
         seen.log_ratios.append(log_ratios_BT[at, : len(row.tokens)])
         seen.entropies.append(entropies_BT[at, : len(row.tokens)])
-    if method.gal_coefficient == 0:
+    if loss.gal is None:
         return
-    summaries_B, ref_B = gal_summaries(logps_BT, batch, method)
+    summaries_B, ref_B = gal_summaries(logps_BT, batch, loss.gal)
     lengths_B = batch.lengths_B.double()
     for start, stop in zip(batch.starts, batch.starts[1:], strict=False):
         rating_K = batch.rating_B[start:stop]
         ref_K = None if ref_B is None else ref_B[start:stop]
-        seen.margins += pair_margins(summaries_B[start:stop], ref_K, rating_K, beta=method.gal.beta).tolist()
+        seen.margins += pair_margins(summaries_B[start:stop], ref_K, rating_K, beta=loss.gal.beta).tolist()
         seen.length_gaps += pair_margins(lengths_B[start:stop], None, rating_K, beta=1.0).long().tolist()

@@ -167,6 +167,8 @@ def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: R
     """k rollouts of the round's policy for each of the round's prompts, but for those that the recipe lets it skip (skips.py)."""
     r = ctx.recipe.rollouts
     rows = round_prompts(ctx, round)
+    if rows and not ctx.recipe.train.method.routing(round).rl:  # nobody would read them
+        return [_nothing_to_draw(rollout_spec(ctx, round), regenerate)]
     samples, outcomes = not_skipped(ctx, round, [row["prompt_id"] for row in rows])
     drawn = [row for row in rows if row["prompt_id"] in samples]
     it = rollout_spec(ctx, round)
@@ -183,7 +185,7 @@ def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: R
 
 
 def _nothing_to_draw(it: Spec, regenerate: bool) -> Outcome:
-    """The partition of a round for whose prompts stored rollouts stand: it may be empty."""
+    """The partition of a round that draws nothing, since stored rollouts stand for its prompts or its method reads none."""
     if current(it):
         return nothing(it)
     begin(it, regenerate=regenerate)

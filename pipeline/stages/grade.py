@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import skips
 from pipeline.context import Context
-from pipeline.grading import Grading, curriculum_text, query_text, scratch
+from pipeline.grading import Grading, curriculum_text, query_text, routing_parameters, scratch
 from pipeline.rows_digest import digest_column
 from pipeline.stage import Outcome, Spec, changes, current, need, nothing, place_parts, restore
 from pipeline.stages.generate import round_prompt_ids
@@ -68,10 +68,8 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
     method = ctx.recipe.train.method
     parents = {f"grades/round={round}": grades}
     config = {
-        "method": method.type,
-        "advantage": method.grpo.advantage,
-        "eps": method.grpo.eps,
-        "query": digest(query_text(method.query, f"route_{method.type}")),
+        **routing_parameters(method, round),
+        "query": digest(query_text(method.query, "route")),
     }
     if (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
         config["curriculum"] = digest(weights)
@@ -145,6 +143,8 @@ def _refuse_unreliable_verdicts(ctx: Context, round: int) -> None:
 def _refuse_old_skips(ctx: Context, round: int) -> None:
     """UserError where what need not be drawn was decided from other verdicts, grades or settings than there are now."""
     r = ctx.recipe.rollouts
+    if not ctx.recipe.train.method.routing(round).rl:
+        return
     if (r.sequential or r.reuse) and not current(it := skips.spec(ctx, round)):
         found = it.partition.manifest()
         raise UserError(

@@ -1,26 +1,29 @@
 """logprobs: the trainer's log-probs of a round's rollouts under a policy that is not being trained, as rows by role.
 
-Roles: `old`, the policy that sampled them; `ref`, the run's base policy. One idea: one mechanism for every role, a sub-stage of
-`train` that computes what is missing, so the training loop never holds a second model. Rows of role old also say how far the
-sampler's own log-probs are from the trainer's (`differences`, in SQL), on which `refuse` decides and which `dypo audit` shows.
+Roles: `old`, the policy that sampled them; `ref`, the run's base policy; `teacher`, the policy that is distilled (method opd). One
+idea: one mechanism for every role, a sub-stage of `train` that computes what is missing, so the training loop never holds a second
+model. Rows of role old also say how far the sampler's own log-probs are from the trainer's (`differences`, in SQL), on which
+`refuse` decides and which `dypo audit` shows.
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.context import Context
+from pipeline.policy import check_folder, policy_id, vocabulary
 from pipeline.progress import progress
 from pipeline.stage import Outcome, Spec, begin, current, finish, finished, nothing
 from pipeline.store import ask, open_views, read_parts, sql
 from schemas.errors import UserError
+from schemas.methods import Role
+from schemas.methods.opd import OPDMethod
 from schemas.tables import ARROW
 
-Role = Literal["old", "ref"]
 SHOWN = 5  # rows named when a round is refused
 
 
@@ -36,7 +39,24 @@ def policies(ctx: Context, round: int, role: Role) -> dict[int, tuple[Path, str]
     """Folder and content id of a role's policy, by the round that the rows were sampled in (reused ones are of older rounds)."""
     parts = ctx.part("shards", round=round, route="rl").files()
     rounds = sorted(set(read_parts(parts, "shards", ["source_round"]).column("source_round").to_pylist())) or [round]
-    return {n: ctx.policy_of(n) if role == "old" else (ctx.recipe.policy.model, ctx.base_policy) for n in rounds}
+    if role == "old":
+        return {n: ctx.policy_of(n) for n in rounds}
+    return dict.fromkeys(rounds, _teacher(ctx) if role == "teacher" else (ctx.recipe.policy.model, ctx.base_policy))
+
+
+def _teacher(ctx: Context) -> tuple[Path, str]:
+    """Folder and content id of the policy that is distilled. UserError if its tokens are not the policy's."""
+    method = ctx.recipe.train.method
+    assert isinstance(method, OPDMethod)
+    check_folder(method.teacher)
+    mine, theirs = (vocabulary(folder) for folder in (ctx.recipe.policy.model, method.teacher))
+    if mine != theirs:
+        raise UserError(
+            f"train.method.teacher {method.teacher}: its tokenizer has other tokens than the policy's ({ctx.recipe.policy.model}), so its "
+            "log-probs of the policy's tokens would say nothing. Distil from a model of the same tokenizer, or learn from its text "
+            "as [[teachers]]"
+        )
+    return method.teacher, policy_id(method.teacher)
 
 
 def spec(ctx: Context, round: int, role: Role) -> Spec:

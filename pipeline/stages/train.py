@@ -113,7 +113,7 @@ def run(ctx: Context, round: int, trainer: Trainer, *, regenerate: bool = False,
     (it.partition.folder / MANIFEST).unlink(missing_ok=True)
     it.partition.remove_temporary()
     ctx.verify_policy(folder)
-    roles = ctx.recipe.train.method.logprob_roles
+    roles = ctx.recipe.train.method.loss.logprob_roles
     outcomes = [logprobs.run(ctx, round, role, trainer) for role in roles]
     if "old" in roles:
         logprobs.refuse(ctx, round)
@@ -135,7 +135,7 @@ def follow(ctx: Context, round: int, trainer: Trainer) -> None:
         return
     folder, _ = ctx.policy_of(round)
     sink = RunSink(ctx, round, spec(ctx, round), Progress("", 0), trainer)
-    stored = logprobs.read(ctx, round, ctx.recipe.train.method.logprob_roles)
+    stored = logprobs.read(ctx, round, ctx.recipe.train.method.loss.logprob_roles)
     trainer.train_round(job(sink, folder, read_shards(ctx, round), stored))
 
 
@@ -162,7 +162,7 @@ def job(sink: "RunSink", start: Path, shards: pa.Table, stored: dict[str, pa.Tab
     graded = need(sink.ctx.run, "grades", {"round": round}, command=f"dypo grade {sink.ctx.run}").facts["grades"]
     return sink.trainer.TrainJob(
         round=round, rounds=recipe.rounds, seed=recipe.seed, train=recipe.train, policy=recipe.policy, start=start,
-        shards=shards, ref=stored.get("ref"), old=stored.get("old"),
+        shards=shards, **stored,
         graded={g: graded.get(g, 0) for g in ("easy", "mid", "hard")}, sink=sink,
     )  # fmt: skip
 

@@ -26,11 +26,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pipeline.grading import routing_parameters
+from schemas.methods import DypoMethod
 from tests.bench.machine import peak_mb
 
 ROWS = 10_000_000
 LOOP_ROWS = 500_000
 K, EPS = 8, 1e-6
+ROUTING = routing_parameters(DypoMethod(), 0)
 FLOORS = {"stage / sql, time": 1.3, "stage / loop, time": 1 / 6, "stage / pandas, memory": 0.5}
 LINEAR = 1.3
 MEMORY_MB = {10_000_000: 1024, 100_000_000: 2048}
@@ -83,7 +86,7 @@ def sql(run: Path, out: Path) -> Answer:
         ("grade", "grades", {
             "round": 0, "k": K, "hard_max_successes": 0, "easy_max_failures": 0, "max_tokens": 8192, "unjudged_to_routes": False,
         }, "union_by_name=true"),
-        ("route_dypo", "routed", {"round": 0, "max_tokens": 8192, "advantage_scale": "std", "eps": EPS}, "file_row_number=true"),
+        ("route", "routed", {**ROUTING, "round": 0, "max_tokens": 8192, "policy": ""}, "file_row_number=true"),
         ("sequences", "sequences", {"route": "rl"}, "union_by_name=true"),
     ):  # fmt: skip
         path = out / f"{made}.parquet"

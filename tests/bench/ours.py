@@ -12,12 +12,12 @@ import torch
 from schemas.recipe import DypoMethod, Optimizer, Policy
 from tests.bench.case import Case, with_old_logprobs
 from tests.bench.machine import Clock
+from tests.trainer.tiny import accumulate_as
 from trainer.forward import sequence_logprobs
 from trainer.model import load_model
 from trainer.objective import count
 from trainer.optim import apply_update, build_optimizers, gradient_norm
 from trainer.rows import Row, Shards
-from trainer.step import accumulate
 
 METHOD = DypoMethod(alpha=1.0)  # GRPO alone: what TRL computes
 
@@ -52,7 +52,7 @@ class Ours:
         return {name: p.grad.clone() for name, p in self.model.lm.named_parameters() if p.grad is not None}
 
     def _accumulate(self, units: list[list[Row]]) -> None:
-        accumulate(self.model, units, count(units, len(units)), METHOD, micro_batch_tokens=self.budget)
+        accumulate_as(self.model, units, count(units, len(units)), METHOD, micro_batch_tokens=self.budget)
 
     def _units(self) -> list[list[Row]]:
         groups: dict[str, list[tuple[str, str]]] = {}

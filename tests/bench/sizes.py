@@ -83,12 +83,12 @@ def measure(
     """(state, work) in MB, in this process."""
     import numpy as np
 
+    from tests.trainer.tiny import accumulate_as
     from trainer import adapter
     from trainer.model import load_model, recompute_activations
     from trainer.objective import count
     from trainer.optim import apply_update, build_optimizers, gradient_norm
     from trainer.rows import Row, Shards
-    from trainer.step import accumulate
 
     before = resident_mb()
     method = DypoMethod(alpha=1.0)
@@ -103,7 +103,7 @@ def measure(
     units: list[list[Row]] = _units(groups(slots, prompt), prompt, read_model(folder).vocabulary, np, Shards)
 
     def go(units: list[list[Row]]) -> None:
-        accumulate(model, units, count(units, len(units)), method, micro_batch_tokens=10**9)
+        accumulate_as(model, units, count(units, len(units)), method, micro_batch_tokens=10**9)
 
     go(units[:1])
     apply_update(optimizer, rate=0.0, clip_norm=1.0, norm=gradient_norm(model.parameters()))

@@ -99,7 +99,7 @@ def test_grading_that_was_killed_leaves_a_scratch_folder_that_the_next_one_sweep
 def test_a_query_that_routes_what_is_not_there_is_refused_and_moves_nothing(made: Path, tmp_path: Path) -> None:
     before = again(made)
     mine = tmp_path / "mine.sql"
-    mine.write_text(sql("route_dypo").replace("m.rollout_id as item_id", "'x' || m.rollout_id as item_id"))
+    mine.write_text(sql("route").replace("r.rollout_id as item_id", "'x' || r.rollout_id as item_id"))
     with pytest.raises(
         UserError, match=r"rl row x[0-9a-f]{32} of prompt [0-9a-f]{32}: a query routed it, and it is no rollout"
     ):

@@ -71,11 +71,24 @@ def grade(tables: dict[str, list[dict]], traces: list[dict] | None = None, **cha
 
 
 def route(
-    tables: dict[str, list[dict]], traces: list[dict] | None = None, scale: str = "std", **changes: object
+    tables: dict[str, list[dict]],
+    traces: list[dict] | None = None,
+    scale: str = "std",
+    routing: dict | None = None,
+    **changes: object,
 ) -> list[dict]:
     graded = list(grade(tables, traces, **changes).values())
     con = database({**tables, "grades": graded}, traces or [])
-    return ask(con, sql("route_dypo"), round=0, max_tokens=10, advantage_scale=scale, eps=1e-6).to_pylist()
+    how = {
+        "rl": ["mid"],
+        "sft": ["hard"],
+        "union": False,
+        "graded": True,
+        "advantage": scale,
+        "eps": 1e-6,
+        **(routing or {}),
+    }
+    return ask(con, sql("route"), round=0, max_tokens=10, policy="p", **how).to_pylist()
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def metrics(model: nn.Module, rows: Sequence[dict], ref: Mapping[str, list[float
         "completions/clipped_ratio": np.mean([row["finish_reason"] == "length" for row in mid]),
     }
 
-    if method.needs_reference:
+    if method.loss.needs_reference:
         gaps = [torch.tensor(ref[row["item_id"]], dtype=torch.float64) - logps[row["item_id"]] for row in mid]
         out["kl_ref"] = np.mean([k3(x) for gap in gaps for x in gap.tolist()])
     if method.grpo.old == "trainer":

@@ -15,12 +15,23 @@ from transformers import LlamaForCausalLM
 from schemas.recipe import DypoMethod
 from tests.trainer import by_hand
 from tests.trainer.by_hand import gradient
-from tests.trainer.tiny import EOS, ExactLM, exact_llama, make_old, make_ref, make_shards, policy_lm, shaped, tiny_llama
+from tests.trainer.tiny import (
+    EOS,
+    ExactLM,
+    accumulate_as,
+    exact_llama,
+    make_old,
+    make_ref,
+    make_shards,
+    policy_lm,
+    shaped,
+    tiny_llama,
+)
 from trainer.batch import pack, plan_micro_batches, slots, split, unit_sizes
 from trainer.model import PolicyLM
 from trainer.objective import Unit, count, micro_batch
 from trainer.rows import Row, Shards
-from trainer.step import Observed, accumulate
+from trainer.step import Observed
 
 METHODS = {
     "default": {},
@@ -72,7 +83,7 @@ def update(
     units: list[Unit], name: str, *, budget: int = 10_000, model: PolicyLM | None = None
 ) -> tuple[torch.Tensor, Observed]:
     model = model or policy_lm()
-    seen = accumulate(model, units, count(units, len(units)), method_of(name), micro_batch_tokens=budget)
+    seen = accumulate_as(model, units, count(units, len(units)), method_of(name), micro_batch_tokens=budget)
     return gradient(model), seen
 
 
@@ -135,7 +146,7 @@ def test_shares_of_an_update_add_up_to_it_when_the_counts_are_the_whole_updates(
     whole, _ = update(units, name)
     model = policy_lm()
     for rank in range(world):
-        accumulate(model, units[rank::world], count(units, len(units)), method_of(name), micro_batch_tokens=60)
+        accumulate_as(model, units[rank::world], count(units, len(units)), method_of(name), micro_batch_tokens=60)
     assert_same(gradient(model), whole, 1e-10)
 
 
@@ -149,10 +160,10 @@ def test_dropping_or_perturbing_any_one_of_the_micro_batches_changes_the_gradien
     for dropped in range(len(units)):
         model = policy_lm()
         rest = [u for i, u in enumerate(units) if i != dropped]
-        accumulate(model, rest, counts, method_of(name), micro_batch_tokens=1)
+        accumulate_as(model, rest, counts, method_of(name), micro_batch_tokens=1)
         part = gradient(model)
         assert (part - whole).norm() > 1e-3 * whole.norm()
-        accumulate(model, [units[dropped]], counts, method_of(name), micro_batch_tokens=1)
+        accumulate_as(model, [units[dropped]], counts, method_of(name), micro_batch_tokens=1)
         assert_same(gradient(model), whole, 1e-10)
 
 
@@ -240,7 +251,7 @@ def test_the_last_token_of_a_trace_is_trained_on_and_it_is_the_end_of_sequence()
     whole, _ = update([unit], "default")
     without = [Row(**{**vars(unit[0]), "tokens": unit[0].tokens[:-1]})]
     model = policy_lm()
-    accumulate(model, [without], count([unit], 1), method_of("default"), micro_batch_tokens=1000)
+    accumulate_as(model, [without], count([unit], 1), method_of("default"), micro_batch_tokens=1000)
     eos_only = whole - gradient(model)
     model = exact_llama()
     (-logps_alone(model, unit[0])[-1] / len(unit[0].tokens)).backward()
@@ -313,7 +324,7 @@ def test_shard_weights_scale_their_term_and_leave_the_denominators_alone() -> No
 def test_counting_easy_prompts_scales_the_whole_loss() -> None:
     units = units_of()
     model = policy_lm()
-    accumulate(model, units, count(units, 6), method_of("default"), micro_batch_tokens=100, easy_scale=0.6)
+    accumulate_as(model, units, count(units, 6), method_of("default"), micro_batch_tokens=100, easy_scale=0.6)
     assert_same(gradient(model), 0.6 * update(units, "default")[0], 1e-10)
 
 
@@ -360,8 +371,8 @@ def test_a_longer_neighbour_pads_more_and_changes_nothing_of_the_policy_gradient
 def test_a_constant_horizon_keeps_the_weight_of_a_token_whatever_the_length_of_its_row() -> None:
     """Dr.GRPO: a row's gradient is in proportion to its tokens; and twice the horizon is half the loss."""
     (unit,) = units_of(hard=0, mid=1, name="dr_grpo")
-    batch = micro_batch([unit], count([unit], 1), method_of("dr_grpo"))
+    batch = micro_batch([unit], count([unit], 1), method_of("dr_grpo").loss)
     assert {len(row.tokens) for row in unit} != {len(unit[0].tokens)}
     assert batch.grpo_share_B.tolist() == [1 / (7 * len(unit))] * len(unit)
-    by_length = micro_batch([unit], count([unit], 1), method_of("default")).grpo_share_B
+    by_length = micro_batch([unit], count([unit], 1), method_of("default").loss).grpo_share_B
     assert by_length.tolist() == pytest.approx([1 / (len(row.tokens) * len(unit)) for row in unit])

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from schemas.recipe import DypoMethod, Optimizer
 from tests.trainer import by_hand
 from tests.trainer.tiny import FolderSink, Killed, make_job, make_ref, make_shards, make_train, stored_tensors, tiny_llama
-from trainer.optim import apply_update, base_rate, build_optimizers, gradient_norm, learning_rate
+from trainer.optim import apply_update, build_optimizers, gradient_norm, learning_rate
 from trainer.run import train_round
 
 
@@ -40,7 +40,7 @@ def test_only_matrices_are_decayed(model: LlamaForCausalLM) -> None:
 def test_queue_has_a_second_optimizer_with_its_rate(model: LlamaForCausalLM) -> None:
     official = DypoMethod.model_validate({"preset": "official"})
     assert list(build_optimizers(model, official, Optimizer())) == ["main", "sft"]
-    assert (base_rate(official, "main"), base_rate(official, "sft")) == (5e-7, 5e-6)
+    assert official.rates == {"main": 5e-7, "sft": 5e-6}
 
 
 def test_a_long_gradient_is_scaled_to_the_clip_norm_and_a_short_one_is_left() -> None:

@@ -22,16 +22,16 @@ def test_default_is_the_convex_mixture_with_means_against_the_base_policy() -> N
         "std",
     )
     assert (method.lr, method.schedule, method.sft_reduction, method.normalise) == (1e-6, "joint", "token", "gated")
-    mixed = mixture(method, COUNTS)
+    mixed = mixture(method.weights(0), method.loss, COUNTS)
     assert (mixed.sft, mixed.grpo, mixed.gal) == (0.25, 0.375, 0.375)
-    assert method.needs_reference
+    assert method.loss.needs_reference
 
 
 def test_paper_sums_log_probs_and_shares_one_normaliser() -> None:
     method = DypoMethod.model_validate({"preset": "paper"})
     assert (method.gal.logp_reduction, method.gal.ref, method.gal.beta, method.alpha) == ("sum", "init", 1.0, 0.5)
     assert (method.sft_reduction, method.lr, method.schedule) == ("prompt", 1e-6, "joint")
-    assert method.needs_reference
+    assert method.loss.needs_reference
 
 
 def test_official_is_gspo_plus_a_thousandth_of_reference_free_gal_with_two_optimizers() -> None:
@@ -44,15 +44,15 @@ def test_official_is_gspo_plus_a_thousandth_of_reference_free_gal_with_two_optim
     )
     assert (method.schedule, method.lr, method.sft_lr) == ("queue", 5e-7, 5e-6)
     rl_only = Counts(prompts=6, hard=0, mid=6, rows=48, sft_tokens=0, rl_tokens=900, pairs=60)
-    mixed = mixture(method, rl_only)
+    mixed = mixture(method.weights(0), method.loss, rl_only)
     assert (mixed.sft, mixed.grpo, mixed.gal) == (0.0, 1.0, 0.001)
-    assert not method.needs_reference
+    assert not method.loss.needs_reference
 
 
 def test_without_gal_no_reference_is_asked_for() -> None:
     method = DypoMethod(alpha=1.0)
-    assert method.gal_coefficient == 0
-    assert not method.needs_reference
+    assert method.weights(0).gal == 0
+    assert not method.loss.needs_reference
 
 
 def test_stored_log_probs_are_asked_for_by_the_options_that_read_them() -> None:
@@ -64,4 +64,4 @@ def test_stored_log_probs_are_asked_for_by_the_options_that_read_them() -> None:
         (reference_free | {"grpo": {"old": "trainer"}}, ("old",)),
         ({"alpha": 1.0, "grpo": {"old": "trainer", "kl": 0.1}}, ("old", "ref")),
     ):
-        assert DypoMethod.model_validate(method).logprob_roles == roles
+        assert DypoMethod.model_validate(method).loss.logprob_roles == roles

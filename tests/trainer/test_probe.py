@@ -76,12 +76,12 @@ def flat(grads: list[torch.Tensor]) -> np.ndarray:
 def test_the_gradient_of_a_prompt_and_of_its_halves_is_the_objectives_by_hand(settings: dict) -> None:
     shards, model = make_shards(hard=1, mid=4, k=K, teachers=1, traces=1), ExactLM()
     ref, method = make_ref(shards), DypoMethod.model_validate(settings)
-    looked_up = Shards(shards, ref if method.needs_reference else None)
+    looked_up = Shards(shards, ref if method.loss.needs_reference else None)
     group = by_prompt(shards, "rl")["m3"]  # 4 of 8 right
     unit = looked_up.rows([("rl", r["item_id"]) for r in group])
     half = [0, 2, 5, 7]
-    parts = [(range(K), unit), probe._half(unit, half, method)]
-    found = {(n, name): flat(g) for n, name, g in part_gradients(PolicyLM(model), unit, parts, ["grpo", "gal"], method)}
+    parts = [(range(K), unit), probe._half(unit, half, method.loss)]
+    found = {(n, name): flat(g) for n, name, g in part_gradients(PolicyLM(model), unit, parts, ["grpo", "gal"], method.loss)}
     rewards = [group[i]["reward"] for i in half]
     advantages = grpo_advantages(torch.tensor(rewards, dtype=torch.float64)).tolist()
     alone = [group[i] | {"advantage": a} for i, a in zip(half, advantages, strict=True)]
@@ -92,7 +92,7 @@ def test_the_gradient_of_a_prompt_and_of_its_halves_is_the_objectives_by_hand(se
             np.testing.assert_allclose(found[number, name], expected, rtol=0, atol=1e-9)
     (trace,) = by_prompt(shards, "sft")["h0"]
     unit = looked_up.rows([("sft", trace["item_id"])])
-    ((_, _, grads),) = part_gradients(PolicyLM(model), unit, [(range(1), unit)], ["sft"], method)
+    ((_, _, grads),) = part_gradients(PolicyLM(model), unit, [(range(1), unit)], ["sft"], method.loss)
     np.testing.assert_allclose(flat(grads), gradient_by_hand(model, [trace], "sft", ref, method), rtol=0, atol=1e-9)
 
 

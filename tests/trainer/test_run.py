@@ -232,7 +232,7 @@ def test_two_queues_use_two_optimizers_with_their_own_rates(policy_folder: Path,
 @pytest.mark.parametrize(
     ("change", "where", "message"),
     [
-        ({"group_size": 5}, "rl", "group of prompt m0 has 4 rows and says group_size 5"),
+        ({"group_size": 5}, "rl", "group of prompt m0 has 4 members and says group_size 5"),
         ({"old_logprobs": [-1.0]}, "rl", "item m0-rl--0 has 1 old_logprobs"),
         ({"temperature": 0.0}, "rl", "temperature 0.0"),
         ({"w_gal": 0.5}, "rl", "several w_gal"),

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +14,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from schemas.methods import Method
 from schemas.recipe import Policy, Train
 from schemas.tables import ARROW
 from trainer.job import TrainJob
 from trainer.model import PolicyLM, packed_if_possible
+from trainer.objective import Counts, mixture
+from trainer.rows import Row
+from trainer.step import Observed, accumulate
 
 VOCAB, EOS = 32, 1
 
@@ -284,3 +289,11 @@ def make_job(
         "sink": sink,
     }
     return TrainJob(**(fields | more))
+
+
+def accumulate_as(
+    model: PolicyLM, units: list[list[Row]], counts: Counts, method: Method, *, easy_scale: float = 1.0, **more: Any
+) -> Observed:
+    """`accumulate` with the loss and the mixture of a method, at the first step."""
+    mix = mixture(method.weights(0), method.loss, counts, easy_scale=easy_scale)
+    return accumulate(model, units, counts, method.loss, mix, **more)

@@ -6,20 +6,28 @@ formulas beside these names.
 """
 
 from trainer.losses.advantages import grpo_advantages
-from trainer.losses.alignment import group_alignment, pair_margins
+from trainer.losses.alignment import flat_alignment, group_alignment, pair_margins
 from trainer.losses.divergence import k3
+from trainer.losses.off_policy import off_policy_surrogate
 from trainer.losses.supervised import sft
-from trainer.losses.surrogate import cispo, clipped_surrogate, sequence_surrogate
+from trainer.losses.surrogate import cispo, clipped_surrogate, self_surrogate, sequence_surrogate, unclipped_surrogate
+from trainer.losses.token_weights import entropy_weights, phi_weights
 from trainer.losses.truncation import truncated_weights
 
 __all__ = [
     "cispo",
     "clipped_surrogate",
+    "entropy_weights",
+    "flat_alignment",
     "group_alignment",
     "grpo_advantages",
     "k3",
+    "off_policy_surrogate",
     "pair_margins",
+    "phi_weights",
+    "self_surrogate",
     "sequence_surrogate",
     "sft",
     "truncated_weights",
+    "unclipped_surrogate",
 ]

@@ -2,6 +2,7 @@
 
     d_ij = beta * [(s_i - ref_i) - (s_j - ref_j)]        for every pair with R_i > R_j, M of them
     L    = (1 / M) sum_pairs -log sigmoid(d_ij)          (DYPO Eq. 14-15, 23)
+    flat = (1 / M) sum_pairs -d_ij / 2                   every sigmoid taken as 1/2: a constant weight a group
 
 One idea: the loss of a whole group needs all its sequence log-probs, and only them, so it never meets the model; how a
 group that does not fit one forward gets the same gradient in two passes is the affair of step.py.
@@ -22,6 +23,16 @@ def group_alignment(logps: Tensor, ref_logps: Tensor | None, rewards: Tensor, *,
     """
     d_M = pair_margins(logps, ref_logps, rewards, beta=beta)
     return -F.logsigmoid(d_M).mean() if len(d_M) else logps[:0].sum()
+
+
+def flat_alignment(logps: Tensor, rewards: Tensor, *, beta: float) -> Tensor:
+    """Mean of -d / 2 over the group's pairs: GAL's gradient where all sigmoids are 1/2, so without the pairs' own weights.
+
+    It is beta / 2 times the difference of means, whatever the reference. Arguments and errors as in `group_alignment`.
+    Source: the control of ALGORITHMS 7.3 row 20.
+    """
+    d_M = pair_margins(logps, None, rewards, beta=beta)
+    return -d_M.mean() / 2 if len(d_M) else logps[:0].sum()
 
 
 def pair_margins(logps: Tensor, ref_logps: Tensor | None, rewards: Tensor, *, beta: float) -> Tensor:

@@ -4,6 +4,8 @@
                with a dual clip c, where A < 0: L_t is at most -c A, so r_t > c gives no gradient   (dual-clip PPO)
     sequence   the same with s = exp(mean_t (l_t - old_t)) for every token of the row               (GSPO)
     cispo      L_t = -sg(clip(r_t, 1 - low, 1 + high)) A l_t                                        (CISPO)
+    unclipped  L_t = -r_t A                                                                         (LUFFY, HPT, ReLIFT)
+    self       L_t = -w l_t where the row is right, +l_t where it is wrong                          (SRFT)
 
 One idea: the value is per token and not reduced, so that the caller's denominator is the only one. The log-ratio is
 clamped to +-LOG_RATIO_LIMIT before exp, as in verl: beyond it the value is finite and the gradient is zero (cispo's weight is
@@ -73,6 +75,24 @@ def cispo(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, clip_low: flo
         ratio = _ratio(logps, old_logps)
         weight = ratio.clamp(*_bounds(clip_low, clip_high)) * _spread(advantages, ratio)
     return -weight * logps
+
+
+def unclipped_surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
+    """Per-token -r A, to minimise; no bound on the ratio but the clamp. Arguments, shapes and errors as in `clipped_surrogate`.
+
+    Source: LUFFY, HPT and ReLIFT as coded (`loss_remove_clip`; ALGORITHMS sections 3.4 to 3.6).
+    """
+    ratio = _ratio(logps, old_logps)
+    return -ratio * _spread(advantages, ratio)
+
+
+def self_surrogate(logps: Tensor, correct: Tensor, weights: Tensor) -> Tensor:
+    """Per-token -w l of a right rollout, +l of a wrong one, to minimise. Source: SRFT's self-rollout term (arXiv 2506.19767, section 4).
+
+    correct, weights: broadcast to logps' shape; taken as constant. The value of wrong rollouts has no lower bound.
+    """
+    right = correct.bool().broadcast_to(logps.shape)
+    return torch.where(right, -weights.detach() * logps, logps)
 
 
 def _ratio(logps: Tensor, old_logps: Tensor) -> Tensor:

@@ -4,12 +4,17 @@
 with doubled as (
     select route, item_id from new_shards group by route, item_id having count(*) > 1
 ),
+-- traces that are members of their prompt's group
+members as (
+    select distinct prompt_id from new_shards where route = 'sft' and group_size > 1
+),
 broken as (
     select prompt_id
     from new_shards
     where route = 'rl'
     group by prompt_id
-    having min(group_size) <> count(*) or max(group_size) <> count(*)
+    having min(group_size) <> max(group_size)
+        or max(group_size) <> count(*) + (prompt_id in (select prompt_id from members))::integer
 ),
 judged as (
     select route, prompt_id, item_id,
@@ -22,7 +27,8 @@ judged as (
             when not (isfinite(w_sft) and isfinite(w_grpo) and isfinite(w_gal) and isfinite(advantage)) then 'a weight is not finite'
             when least(w_sft, w_grpo, w_gal) < 0 then 'a weight is negative'
             when route = 'rl' and w_sft <> 0 then 'w_sft on an rl row: only sft rows have that term'
-            when route = 'sft' and (w_grpo <> 0 or w_gal <> 0) then 'w_grpo or w_gal on an sft row'
+            when route = 'sft' and w_gal <> 0 then 'w_gal on an sft row: only groups of rollouts have that term'
+            when route = 'sft' and w_grpo <> 0 and group_size = 1 then 'w_grpo on an sft row that is in no group (group_size 1)'
             when route = 'sft' and teacher is null then 'an sft row without a teacher'
         end as why
     from new_shards

@@ -1,0 +1,31 @@
+"""GSPO (arXiv 2507.18071): one importance ratio a row, the same for each of its tokens.
+
+    L = (1 / B) sum_i -min(s_i A_i, clip(s_i, 1 - low, 1 + high) A_i)        s_i = exp(mean_t (l_t - old_t))
+
+Needs: groups of rollouts. Routing: every whole group. Advantage: std of the group.
+Published: clip 3e-4 and 4e-4 (from memory, ALGORITHMS section 9; DYPO's code runs it with 0.2), lr 1e-6.
+"""
+
+from typing import Literal
+
+from schemas.methods.base import ALL, Loss, Method, Routing, Weights
+from schemas.methods.terms import GRPO
+
+
+class GSPOMethod(Method):
+    """Group Sequence Policy Optimization (docs/methods/gspo.md)."""
+
+    PUBLISHED = {"grpo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}}
+
+    type: Literal["gspo"]
+    grpo: GRPO = GRPO()
+
+    def routing(self, round: int) -> Routing:
+        return Routing(rl=ALL)
+
+    def weights(self, step: int) -> Weights:
+        return Weights(grpo=1.0)
+
+    @property
+    def loss(self) -> Loss:
+        return Loss(grpo=self.grpo)
