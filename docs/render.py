@@ -1,8 +1,10 @@
-"""Renders the reference pages from schemas/: `docs/data.md` (tables) and `docs/recipe.md` (recipe keys).
+"""Renders the reference pages: `docs/data.md` (tables), `docs/recipe.md` (recipe keys), `docs/methods/` (a page for each method).
 
 `python docs/render.py` writes them, `--check` fails if they differ from what is committed.
 """
 
+import ast
+import inspect
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from schemas.methods import AnyMethod
 from schemas.recipe import Recipe
 from schemas.tables import data_md
 
@@ -41,6 +44,128 @@ def recipe_md() -> str:
             queue += [(_section(path, m), m) for m in _models(field.annotation)]
         lines.append("")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- methods
+LOSSES = HERE.parent / "trainer" / "losses"
+
+
+def methods_md() -> dict[Path, str]:
+    """A page for each method: its module's docstring, its keys with what was published, and the code of its three answers and losses."""
+    index = ["# Methods", "", "Rendered from `schemas/methods/` by `make docs`; do not edit.", "", INDEX, ""]
+    index += ["| type | what | groups of | traces of | advantage |", "|---|---|---|---|---|"]
+    pages = {}
+    for method in _models(AnyMethod):
+        name = _tag(method)
+        path = inspect.getsourcefile(method)
+        assert path is not None
+        text = Path(path).read_text()
+        title, _, body = (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")
+        made = method.model_validate({"type": name} | {k: "DIR" for k, f in method.model_fields.items() if _needed(k, f)})
+        pages[HERE / "methods" / f"{name}.md"] = "\n".join(
+            [
+                f"# {name}",
+                "",
+                "Rendered from `schemas/methods/" + Path(path).name + "` by `make docs`; do not edit.",
+                "",
+                title,
+                "",
+                body,
+                "",
+                f'## Keys of `train.method` with `type = "{name}"`',
+                "",
+                "| key | default | meaning |",
+                "|---|---|---|",
+                *_method_keys(made),
+                "",
+                "## The code",
+                "",
+                "```python",
+                *_class_body(text),
+                "```",
+                "",
+                "and in `trainer/losses/`, combined by `trainer/objective.py` ([losses.md](../losses.md)):",
+                "",
+                "```python",
+                "\n\n\n".join(_function(f) for f in _functions_of(made)),
+                "```",
+                "",
+            ]
+        )
+        routing = made.routing(1) if name == "sft_then_rl" else made.routing(0)
+        groups, traces = (
+            ", ".join(routing.rl) or "none",
+            ", ".join(routing.sft) or ("with the group" if routing.union else "none"),
+        )
+        advantage = {"std": "divided by std", "none": "centred"}[made.loss.grpo.advantage] if routing.rl else ""
+        what = " ".join((method.__doc__ or "").split()).partition(" (docs/")[0]
+        index.append(f"| [{name}]({name}.md) | {what} | {groups} | {traces} | {advantage} |")
+    pages[HERE / "methods" / "README.md"] = "\n".join([*index, ""])
+    return pages
+
+
+INDEX = (
+    "A method is three answers (`schemas/methods/base.py`): which grades' prompts become rows (`routing`), what is computed of the rows of "
+    "a step (`loss`), and how the components are mixed (`weights`). It is chosen by `train.method = { type = ... }`; keys that are not given "
+    "are as published. All run on the same stored rows, with the same denominators, through the same loop."
+)
+
+
+def _needed(key: str, field: Any) -> bool:
+    return key != "type" and field.is_required()
+
+
+def _tag(method: type[BaseModel]) -> str:
+    return get_args(method.model_fields["type"].annotation)[0]
+
+
+def _method_keys(made: BaseModel, path: str = "") -> list[str]:
+    lines = []
+    for key, field in type(made).model_fields.items():
+        value = getattr(made, key)
+        if isinstance(value, BaseModel):
+            lines += _method_keys(value, f"{path}{key}.")
+        elif key != "type":
+            shown = "required" if field.is_required() else _default(value)
+            lines.append(f"| {path}{key} | {shown} | {(field.description or '').replace('|', chr(92) + '|')} |")
+    return lines
+
+
+def _class_body(text: str) -> list[str]:
+    """The class of a method's module, from its first own line on."""
+    tree = ast.parse(text)
+    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return text.splitlines()[found.lineno - 1 : found.end_lineno]
+
+
+def _functions_of(made: Any) -> list[str]:
+    """The losses that a method's `loss` names."""
+    loss, routing = made.loss, made.routing(0)
+    names = []
+    if routing.rl or made.routing(1).rl:
+        of_rollouts = {"clip": "clipped_surrogate", "cispo": "cispo", "unclipped": "unclipped_surrogate"}[
+            loss.grpo.surrogate
+        ]
+        of_rollouts = "sequence_surrogate" if loss.grpo.ratio == "sequence" else of_rollouts
+        names.append("self_surrogate" if loss.rollout_term == "self" else of_rollouts)
+    if loss.off_policy != "none":
+        names.append("off_policy_surrogate")
+    if loss.gal is not None:
+        names.append({"pairs": "group_alignment", "flat": "flat_alignment"}[loss.gal.form])
+    if routing.sft:
+        names.append("sft")
+        names += {"plain": [], "phi": ["phi_weights"], "entropy": ["entropy_weights"]}[loss.trace_weight]
+    return names
+
+
+def _function(name: str) -> str:
+    """The source of a function in trainer/losses/, without importing torch."""
+    for path in sorted(LOSSES.glob("*.py")):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+    raise KeyError(name)
 
 
 def _section(path: str, model: type[BaseModel]) -> str:
@@ -78,14 +203,15 @@ def _default(value: Any) -> str:
 
 
 def main() -> int:
-    pages = {HERE / "data.md": data_md(), HERE / "recipe.md": recipe_md()}
+    pages = {HERE / "data.md": data_md(), HERE / "recipe.md": recipe_md(), **methods_md()}
     if "--check" not in sys.argv:
         for path, text in pages.items():
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         return 0
-    stale = [p.name for p, text in pages.items() if not p.exists() or p.read_text() != text]
+    stale = [str(p.relative_to(HERE)) for p, text in pages.items() if not p.exists() or p.read_text() != text]
     if stale:
-        print(f"docs/{', docs/'.join(stale)}: not what schemas/ says. Run `make docs`")
+        print(f"docs/{', docs/'.join(stale)}: not what the code says. Run `make docs`")
     return 1 if stale else 0
 
 

@@ -2,8 +2,9 @@
 
 One idea: samples of one problem are alike, so they are not so many independent trials. Each problem is one number, and the
 interval is the bootstrap's over problems: 10,000 times, as many problems as there are are drawn with replacement, and the middle
-of the 10,000 means is the interval. Its ends are not the 2.5 and 97.5 % points but a little further out, as far as Student's t says
-for so many problems; the plain points are too narrow for sets as small as AIME's 30 (Hesterberg 2015, "expanded percentile").
+of the 10,000 means is the interval. Which part is the middle is BCa's answer (Efron 1987), which allows for skew, with Student's
+t in the place of the normal's quantile, since there may be no more than AIME's 30 problems (Hesterberg 2015): plain percentiles
+are too narrow there (tests/bench/intervals.py measures both).
 
 Where problems differ less than their samples must, above all where all are alike, the bootstrap knows nothing: it would
 conclude from 0 right of 200 that nothing ever is. Then the interval is Wilson's, with a number of trials that the variance
@@ -28,6 +29,7 @@ import numpy as np
 
 Z95 = 1.959963984540054  # the normal's 97.5 % point
 RESAMPLES = 10_000
+NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,24 @@ def estimate(values_P: Sequence[float], *, samples: int | None = None) -> Estima
 
 
 def bootstrap(values_P: Sequence[float], *, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The expanded percentile interval of the mean of at least two values, seeded.
+    """The BCa interval of the mean of values that are not all the same, with Student's t; seeded.
 
     A resample only says how often each distinct value came, so it is drawn as that: one multinomial.
     """
     problems = len(values_P)
     distinct_V, counts_V = np.unique(np.asarray(values_P, float), return_counts=True)
     draws_BV = np.random.default_rng(0).multinomial(problems, counts_V / problems, size=resamples)
-    outside = NormalDist().cdf(-t_quantile(problems - 1) * math.sqrt(problems / (problems - 1)))
-    low, high = np.quantile(draws_BV @ distinct_V / problems, [outside, 1 - outside])
-    return float(low), float(min(high, 1.0))
+    means_B = draws_BV @ distinct_V / problems
+    mean = float(counts_V @ distinct_V / problems)
+    near = 1e-9 * float(np.ptp(distinct_V))
+    below = (np.mean(means_B < mean - near) + np.mean(means_B <= mean + near)) / 2  # a mean that is equal counts half
+    bias = NORMAL.inv_cdf(min(max(float(below), 1 / resamples), 1 - 1 / resamples))
+    off_V = distinct_V - mean
+    acceleration = float(counts_V @ off_V**3 / (6 * (counts_V @ off_V**2) ** 1.5))
+    reach = t_quantile(problems - 1) * math.sqrt(problems / (problems - 1))
+    shares = [NORMAL.cdf(bias + (bias + z) / (1 - acceleration * (bias + z))) for z in (-reach, reach)]
+    low, high = np.quantile(means_B, shares)
+    return float(max(low, 0.0)), float(min(high, 1.0))
 
 
 def eval_metrics(

@@ -32,7 +32,7 @@ RENDERED = 2048
 
 
 def write_fitting_traces(ctx: Context, con: "duckdb.DuckDBPyConnection", round: int, path: Path) -> None:
-    """Verified traces of the round's prompts: prompt as the rollouts have it, text, end-of-sequence.
+    """Verified traces of the round's prompts: prompt as the rollouts have it (or rendered, where there are none), text, end-of-sequence.
 
     Traces of a teacher that the recipe no longer names, or beyond its `samples`, stay on disk and out of the result.
     """
@@ -50,7 +50,11 @@ def _tokenised(
     for batch in stream(con, sql("verified_traces"), ROW_GROUP) if samples else ():
         rows = [r for r in batch.to_pylist() if r["sample"] < samples.get(r["teacher"], 0)]
         for r in rows:
-            _same_prompt(ctx, renderer, round, r["prompt_id"], r.pop("messages"), r["prompt_tokens"])
+            messages = r.pop("messages")
+            if r["prompt_tokens"] is None:
+                r["prompt_tokens"] = renderer.prompt_tokens(messages)
+            else:
+                _same_prompt(ctx, renderer, round, r["prompt_id"], messages, r["prompt_tokens"])
             try:
                 r["tokens"] = renderer.trace_tokens(r["prompt_tokens"], r.pop("text"))
             except UserError as e:

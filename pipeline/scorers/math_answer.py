@@ -16,7 +16,10 @@ from pipeline.scorers.base import Verdict, gold_bad, judged, last_boxed, unparse
 from pipeline.scorers.math_reading import Reading
 from pipeline.scorers.plain_math import Plain
 
-VERSION = 5  # 2: spaces between digits, several boxes and a box that says nothing are math-verify's to read; 3: nor are a line break and an fbox ours; 4: nor is a number set as text or in bold; 5: 6e14 is a number, which math-verify reads as a product of letters
+# 2: spaces between digits, several boxes and a box that says nothing are math-verify's to read
+# 3: nor are a line break and an fbox ours; 4: nor is a number set as text or in bold
+# 5: a gold answer of 6e14 is a number, which math-verify reads as a product of letters
+VERSION = 5
 TAIL_CHARS = 20_000  # the answer stands at the end; math-verify's patterns slow down on long texts
 GOLD_CHARS = 5_000
 
@@ -40,16 +43,15 @@ def same(extracted: str) -> Plain | str:
 def score(text: str, answer: str) -> Verdict:
     if reason := bad_gold(answer):
         return gold_bad(reason)
-    answer = _powers_of_ten(answer)
-    tail = text[-TAIL_CHARS:]
+    gold, tail = _powers_of_ten(answer), text[-TAIL_CHARS:]
     box = last_boxed(tail)
     if box is not None and _box_stands_alone(tail, box):
-        content = _powers_of_ten(box[2].strip().removesuffix("."))  # math-verify cannot parse \boxed{12.}
+        content = box[2].strip().removesuffix(".")  # math-verify cannot parse \boxed{12.}
         if (quick := _quick(content, answer)) is not None:
             return quick
         if (found := _read_box(content)).says_something:
-            return _compared(found, answer)
-    return _compared(math_reading.read(tail), answer)
+            return _compared(found, gold)
+    return _compared(math_reading.read(tail), gold)
 
 
 @lru_cache(maxsize=8192)
@@ -134,7 +136,7 @@ _E_NOTATION = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d{1,3})")
 
 
 def _powers_of_ten(answer: str) -> str:
-    """6e14 as 6 \\times 10^{14}; any other answer as it is."""
+    """A gold answer of 6e14 as 6 \\times 10^{14}; any other as it is."""
     match = _E_NOTATION.fullmatch(answer.strip())
     return f"{match[1]} \\times 10^{{{int(match[2])}}}" if match else answer
 

@@ -1,5 +1,6 @@
 -- verified_traces.sql
 -- grain: one row per teacher trace of a prompt of the round whose verdict is ok.
+-- prompt_tokens: as its rollouts have them; null for a prompt without any (a method may need none).
 -- reads: rollouts, traces, scores, prompts, round_prompts. parameters: none.
 -- Python renders and tokenises these with the policy's tokenizer and offers the result to the other queries as fitting_traces.
 with verified as (
@@ -17,7 +18,7 @@ first as (  -- every rollout of a prompt has the same prompt tokens
 )
 select v.*, p.messages, r.prompt_tokens
 from verified as v
-inner join first as f on f.prompt_id = v.prompt_id
-inner join rollouts as r on r.round = f.round and r.prompt_id = f.prompt_id and r.sample = f.sample
+left join first as f on f.prompt_id = v.prompt_id
+left join rollouts as r on r.round = f.round and r.prompt_id = f.prompt_id and r.sample = f.sample
 inner join prompts as p on p.prompt_id = v.prompt_id
 order by v.trace_id

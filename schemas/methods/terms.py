@@ -65,8 +65,8 @@ class GRPO(Model):
             raise ValueError(f"surrogate = '{self.surrogate}' weighs each token by its own ratio; use ratio = 'token'")
         if self.surrogate == "cispo" and self.dual_clip is not None:
             raise ValueError("dual_clip bounds the clipped surrogate; surrogate = 'cispo' has its bound in clip_high")
-        if self.surrogate == "unclipped" and self.dual_clip is not None:
-            raise ValueError("dual_clip bounds the clipped surrogate; surrogate = 'unclipped' has no bound")
+        if self.surrogate == "unclipped" and (self.dual_clip is not None or (self.clip_low, self.clip_high) != (0.2, 0.2)):
+            raise ValueError("clip_low, clip_high and dual_clip bound a clipped ratio; surrogate = 'unclipped' has no bound")
         if self.truncation == "token" and self.ratio == "sequence":
             raise ValueError("ratio = 'sequence' has one ratio a row and takes one weight a row: truncation = 'sequence'")
         if self.truncation != "none" and self.old == "sampler":

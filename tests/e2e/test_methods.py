@@ -27,7 +27,14 @@ METHODS = {
     "opd": f'teacher = "{ROOT}/data/tiny_policy"',
     "grpo_flat": "",
 }
-GROUPS = {"sft": set(), "sft_then_rl": set(), "dapo": {"mid"}, "grpo_flat": {"mid"}, "superrl": {"easy", "mid"}, "hpt": {"easy", "mid"}}
+GROUPS = {
+    "sft": set(),
+    "sft_then_rl": set(),
+    "dapo": {"mid"},
+    "grpo_flat": {"mid"},
+    "superrl": {"easy", "mid"},
+    "hpt": {"easy", "mid"},
+}
 TRACES = {"superrl": {"hard"}, "hpt": {"hard"}, "relift": {"hard"}, "grpo_flat": {"hard"}}
 EVERY = {"easy", "mid", "hard"}
 NO_TRACES = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "opd"}
@@ -36,7 +43,9 @@ NO_TRACES = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "opd"}
 def recipe_of(folder: Path, method: str, options: str) -> Path:
     table = ", ".join(filter(None, [f'type = "{method}"', "lr = 1e-3", options.format()]))
     (folder).mkdir(exist_ok=True)
-    return write_recipe(folder, **{'method = { type = "dypo", lr = 1e-3 }': f"method = {{ {table} }}", "limit = 12": "limit = 4"})
+    return write_recipe(
+        folder, **{'method = { type = "dypo", lr = 1e-3 }': f"method = {{ {table} }}", "limit = 12": "limit = 4"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,9 @@ def test_a_method_trains_two_rounds_on_the_grades_that_it_says(method: str, stem
     con = connect(run)
 
     def seen(route: str, round: int) -> set[str]:
-        query = "select distinct grade from shards join grades using (round, prompt_id) where route = $route and round = $round"
+        query = (
+            "select distinct grade from shards join grades using (round, prompt_id) where route = $route and round = $round"
+        )
         return set(ask(con, query, route=route, round=round).column("grade").to_pylist())
 
     graded = ask(con, "select distinct grade from grades where round = 0").column("grade").to_pylist()
@@ -71,7 +82,13 @@ def test_a_method_trains_two_rounds_on_the_grades_that_it_says(method: str, stem
         assert traced > 0
     drawn = ask(con, "select round, count(*) as n from rollouts group by round").to_pylist()
     assert {r["round"] for r in drawn} == ({0} if method == "sft" else {0, 1})  # those of round 0 are the stem's
-    made = ask(con, "select round, count(distinct step) as n from metrics where name = 'loss/total' group by round order by 1")
+    made = ask(
+        con, "select round, count(distinct step) as n from metrics where name = 'loss/total' group by round order by 1"
+    )
     assert [r["n"] for r in made.to_pylist()] == [6, 6]
-    norms = ask(con, "select max(value) as most from metrics where name like 'grad_norm%' group by round").column("most").to_pylist()
+    norms = (
+        ask(con, "select max(value) as most from metrics where name like 'grad_norm%' group by round")
+        .column("most")
+        .to_pylist()
+    )
     assert all(norm > 0 for norm in norms)
