@@ -3,6 +3,7 @@
     python data/make_worlds.py                           everything (about two minutes a policy, on one core)
     python data/make_worlds.py --problems                the problem files alone (a moment)
     python data/make_worlds.py --world skill --seed 2    one policy
+    python data/make_worlds.py --teacher                 the policy that knows the skill, for on-policy distillation
     python data/make_worlds.py --out DIR                 under DIR, to compare with what is committed
 
 What each world is for: docs/results/study-worlds.md. One idea: a world is what its teachers, its problems and its pretraining
@@ -14,6 +15,7 @@ import argparse
 import random
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -111,6 +113,14 @@ WORLDS = {
     ),
 }
 
+EXPERT = replace(  # longer, and both signs stand for three times
+    WORLDS["skill"],
+    teachers={name: teachers.TEACHERS[name] for name in ("first", "equals")},
+    short_steps=1400,
+    steps=3000,
+    rates=[(0, 1e-4), (50, 5e-3), (1400, 3e-3), (2200, 2e-3), (2700, 1e-3), (3000, 1e-4)],
+)
+
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
@@ -128,9 +138,8 @@ def fit(model: LlamaForCausalLM, world: maker.World, style: str, problems: list[
     return total / tokens, opening / tokens
 
 
-def measure(model: LlamaForCausalLM, name: str, problems: dict[str, list[str]]) -> dict[str, str]:
-    """What PROVENANCE.md states about one base."""
-    world = WORLDS[name]
+def measure(model: LlamaForCausalLM, world: maker.World, problems: dict[str, list[str]]) -> dict[str, str]:
+    """What PROVENANCE.md states about one policy."""
     found: dict[str, str] = {}
     counts = maker.successes(world, model, problems["train"], k=8, temperature=1.0, seed=2)
     easy, hard = (sum(c == target for c in counts.values()) / len(counts) for target in (8, 0))
@@ -148,7 +157,7 @@ def measure(model: LlamaForCausalLM, name: str, problems: dict[str, list[str]]) 
     for style in world.styles:
         nats, opening = fit(model, world, style, known)
         found[f"`{style}`: nats a token of its traces (of which the choice of style)"] = f"{nats:.4f} ({opening:.4f})"
-    if name == "skill":
+    if "eval_skill" in world.files:
         asked = [problem for problem in problems["train"] if teachers.NEW in problem]
         counts = maker.successes(world, model, asked, k=64, temperature=1.0, seed=3)
         solved = sum(c > 0 for c in counts.values())
@@ -156,17 +165,16 @@ def measure(model: LlamaForCausalLM, name: str, problems: dict[str, list[str]]) 
     return found
 
 
-def provenance(name: str, seed: int, sha256: str, found: dict[str, str]) -> str:
-    world = WORLDS[name]
+def provenance(command: str, title: str, world: maker.World, seed: int, sha256: str, found: dict[str, str]) -> str:
     rows = "\n".join(f"| {what} | {value} |" for what, value in found.items())
     styles = ", ".join(f"{style} {weight:g}" for style, weight in world.styles.items())
-    return f"""# World {name}, base policy {seed}
+    return f"""# {title}
 
-Written by `python data/make_worlds.py --world {name} --seed {seed}`, which makes it again; do not edit. The recipe is that file's
+Written by `python data/make_worlds.py {command}`, which makes it again; do not edit. The recipe is that file's
 constants; docs/results/study-worlds.md says what the world is for.
 
 - What: a Llama of 108,032 parameters in fp32 (2 layers, width 64, {world.heads} heads), one token a character, pretrained from nothing on
-  generated sums; no data from elsewhere. The problems of data/worlds/{name} are never in it.
+  generated sums; no data from elsewhere. The problems of the world's files are never in it.
 - Recipe: {world.steps} steps of {maker.BATCH} texts, seed {seed}, one thread, torch {torch.__version__.split("+")[0]}; styles by weight: {styles}.
 - sha256 of model.safetensors: `{sha256}`
   (the same on a rerun with the same torch build and kind of processor; others may round differently)
@@ -177,36 +185,43 @@ constants; docs/results/study-worlds.md says what the world is for.
 """
 
 
-def make_base(name: str, seed: int, out: Path, problems: dict[str, list[str]]) -> bool:
-    """One base policy with its provenance; False if its grade mix is not what the study asks for."""
-    policy = out / name / f"base-{seed}"
-    model = maker.pretrain(WORLDS[name], {problem for rows in problems.values() for problem in rows}, seed)
+def make_policy(policy: Path, command: str, title: str, world: maker.World, seed: int) -> list[float]:
+    """One policy with its provenance; its easy, mid and hard shares of the train problems in per cent."""
+    problems = maker.make_problems(world)
+    model = maker.pretrain(world, {problem for rows in problems.values() for problem in rows}, seed)
     sha256 = maker.save(model, policy)
-    found = measure(model, name, problems)
-    (policy / "PROVENANCE.md").write_text(provenance(name, seed, sha256, found))
+    found = measure(model, world, problems)
+    (policy / "PROVENANCE.md").write_text(provenance(command, title, world, seed, sha256, found))
     print(f"{policy}  sha256 {sha256}")
     for what, value in found.items():
         print(f"{what}: {value}")
-    mix = [float(share) for share in next(iter(found.values())).split(" / ")]
-    if min(mix) < 12:
-        print(f"{policy}: easy / mid / hard is {mix}; the study wants 12 % of each", file=sys.stderr)
-    return min(mix) >= 12
+    return [float(share) for share in next(iter(found.values())).split(" / ")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="make the study's worlds: problems and base policies")
     parser.add_argument("--world", choices=WORLDS, action="append", help="default: both")
     parser.add_argument("--seed", type=int, action="append", help=f"default: {SEEDS}")
+    parser.add_argument("--teacher", action="store_true", help="the policy that knows the skill")
     parser.add_argument("--problems", action="store_true", help="write the problem files only")
     parser.add_argument("--out", type=Path, default=HERE / "worlds", help="folder to write into")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.teacher:
+        make_policy(
+            args.out / "skill" / "teacher", "--teacher", "World skill, a policy that knows the skill", EXPERT, seed=10
+        )
+        return 0
     good = True
     for name in args.world or WORLDS:
-        problems = maker.make_problems(WORLDS[name])
-        maker.write_problems(WORLDS[name], problems, args.out / name)
+        world = WORLDS[name]
+        maker.write_problems(world, maker.make_problems(world), args.out / name)
         for seed in () if args.problems else args.seed or SEEDS:
-            good = make_base(name, seed, args.out, problems) and good
+            command, title = f"--world {name} --seed {seed}", f"World {name}, base policy {seed}"
+            mix = make_policy(args.out / name / f"base-{seed}", command, title, world, seed)
+            if min(mix) < 12:
+                print(f"{name}, base {seed}: easy / mid / hard is {mix}; the study wants 12 % of each", file=sys.stderr)
+                good = False
     return 0 if good else 1
 
 

@@ -100,7 +100,7 @@ class Plan:
         """The world's recipe on one base and seed."""
         world = self.world(run.world)
         of_run = {
-            "name": f"{self.study.name}-{run.label.replace('/', '-')}",
+            "name": run.label.replace("/", "-"),
             "run": str(self.folder / run.label),
             "seed": run.seed,
             "policy": {"model": str(world.bases[run.base])},

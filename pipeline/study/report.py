@@ -77,9 +77,11 @@ def _all(found: Results) -> list[Block]:
             title = f"At equal generated tokens: at most {world.rollout_tokens:,} of rollouts"
             columns = _budget_columns(at_budget, world.name)
             blocks += _methods(found, world.name, found.values(world.name, at_budget), before, title, columns)
+        blocks += _by_base(found, world.name, values)
         blocks += _grid(found, world.name, values)
         blocks += _learning(found, world.name)
         blocks += _curves(found, world.name)
+        blocks += _steadiness(found, world.name)
     blocks += _trials(found)
     blocks += _probes(found)
     return blocks
@@ -165,6 +167,62 @@ def _budget_columns(rows: list[Row], world: str) -> dict[str, dict[str, str]]:
         }
         for method, mine in of.items()
     }
+
+
+def _by_base(found: Results, world: str, values: dict[str, Values]) -> list[Block]:
+    """The mean of each base, since results of one base are alike."""
+    bases = list(found.plan.world(world).bases)
+    if len(bases) < 2:
+        return []
+    measures = found.measures(world)
+    rows = [
+        [m.name, *(_mean_of(values[measure].get(m.name, {}), base) for measure in measures for base in bases)]
+        for m in found.plan.study.methods
+    ]
+    return [Heading("By base policy", 3), Table(["method", *(f"{m}, {b}" for m in measures for b in bases)], rows)]
+
+
+def _mean_of(units: Mapping[tuple[str, int], float], base: str) -> str:
+    of = [value for (b, _), value in units.items() if b == base]
+    return f"{100 * fmean(of):.1f}" if of else "missing"
+
+
+def _steadiness(found: Results, world: str) -> list[Block]:
+    """Figures 4 and 5 in numbers: the gradient norm's variation, compared pair by pair, and the offline ratio's fall."""
+    rows = [r for r in found.rows("steadiness") if r["world"] == world]
+    variation: Values = defaultdict(dict)
+    fell: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for r in rows:
+        if r["variation"] is not None:
+            variation[r["method"]][r["base"], r["seed"]] = r["variation"]
+        if r["offline_first"] is not None and r["offline_last"] is not None:
+            fell[r["method"]].append((r["offline_first"], r["offline_last"]))
+    compared, references = found.compared(variation), found.plan.study.references
+    lines = []
+    for m in found.plan.study.methods:
+        ends = fell[m.name]
+        offline = [f"{fmean(e[n] for e in ends):.2f}" if ends else "" for n in (0, 1)]
+        lower = f"{sum(b < a for a, b in ends)} of {len(ends)}" if ends else ""
+        own = interval(variation[m.name].values())
+        lines.append(
+            [m.name, _plain(own), *(_difference(compared.get((m.name, r)), 1) for r in references), *offline, lower]
+        )
+    head = [
+        "method",
+        "variation",
+        *(f"variation - {r}" for r in references),
+        "offline, first round",
+        "last round",
+        "lower in",
+    ]
+    words = "Variation: of the gradient's norm over a run's steps, standard deviation over mean. Offline: hard / (hard + mid) among trained prompts."
+    return [Heading("Steadiness and offline ratio", 3), Text(words), Table(head, lines)]
+
+
+def _plain(test: PairedTest | None) -> str:
+    if test is None:
+        return ""
+    return f"{test.mean:.2f}" if test.n == 1 else f"{test.mean:.2f} [{test.ci_low:.2f}, {test.ci_high:.2f}]"
 
 
 def _grid(found: Results, world: str, values: dict[str, Values]) -> list[Block]:
@@ -283,12 +341,13 @@ def _value(test: PairedTest | None) -> str:
     return f"{100 * test.mean:.1f} [{100 * test.ci_low:.1f}, {100 * test.ci_high:.1f}]"
 
 
-def _difference(found: Compared | None) -> str:
+def _difference(found: Compared | None, scale: int = 100) -> str:
+    """In points, or with scale 1 in the measure's own unit."""
     if found is None:
         return ""
-    t = found.test
-    ends = "" if t.n == 1 else f" [{100 * t.ci_low:+.1f}, {100 * t.ci_high:+.1f}]"
-    return f"{100 * t.mean:+.1f}{ends} p {_p(t.p)} ({_p(found.adjusted)}), {t.n} pairs"
+    t, digits = found.test, 1 if scale == 100 else 2
+    ends = "" if t.n == 1 else f" [{scale * t.ci_low:+.{digits}f}, {scale * t.ci_high:+.{digits}f}]"
+    return f"{scale * t.mean:+.{digits}f}{ends} p {_p(t.p)} ({_p(found.adjusted)}), {t.n} pairs"
 
 
 def _p(value: float) -> str:

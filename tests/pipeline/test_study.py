@@ -115,8 +115,22 @@ def result(plan: Plan, cell: Cell, value: float, lengths: tuple[int, int] = (100
             row = {"metric": "avg@2", "value": max(0.0, value * scale - worse), **known}
             write(run, "evals", [row, {**row, "metric": "pass@1"}], round=round, step=step, suite=suite)
     for round, length in enumerate(lengths):
-        row = {"rollout_id": f"{cell.label}{round}", "prompt_id": "p", "sample": 0, "policy": "p", "text": "", "prompt_tokens": [1]}
-        row |= {"tokens": [1] * length, "logprobs": [0.0] * length, "finish_reason": "stop", "engine": "hf", "temperature": 1.0, "top_p": 1.0}
+        row = {
+            "rollout_id": f"{cell.label}{round}",
+            "prompt_id": "p",
+            "sample": 0,
+            "policy": "p",
+            "text": "",
+            "prompt_tokens": [1],
+        }
+        row |= {
+            "tokens": [1] * length,
+            "logprobs": [0.0] * length,
+            "finish_reason": "stop",
+            "engine": "hf",
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
         write(run, "rollouts", [row] if length else [], round=round)
         metrics = [
             {"step": s, "name": n, "value": v, "when": 0.0}
@@ -193,7 +207,9 @@ def test_finals_are_the_last_policy_s_and_budgets_cut_where_the_tokens_end(found
     assert last["out of distribution"]["dypo"]["a", 0] == pytest.approx(0.65)
 
 
-def test_the_python_that_picks_the_budget_s_policy_and_the_sql_agree(plan: Plan, found: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_that_picks_the_budget_s_policy_and_the_sql_agree(
+    plan: Plan, found: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.context.Context.trained_rounds", lambda self: 2)
     monkeypatch.setattr(cells, "final_step", lambda ctx, round: 3)
     rows = {(r["method"], r["base"], r["seed"]): r["round"] for r in found.rows("at_budget")}
@@ -215,7 +231,9 @@ def test_costs_are_means_over_results(found: Results) -> None:
 
 
 # ---------------------------------------------------------------- the report
-def test_the_report_counts_what_is_missing_and_says_the_same_in_both_forms(plan: Plan, found: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_counts_what_is_missing_and_says_the_same_in_both_forms(
+    plan: Plan, found: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cells, "validation", lambda plan, trial: None)
     html, text = report.build(plan, found.cells)
     for said in (html, text):

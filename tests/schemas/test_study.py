@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.context import load
 from schemas.errors import UserError
 from schemas.study import parse_study
 from tests.tiny_runs import ROOT
@@ -38,6 +39,12 @@ def test_every_shipped_study_is_valid_with_every_recipe_that_it_makes(path: Path
         plan.context(cell)
         for trial in plan.trials(cell.world, cell.method):
             plan.context(trial)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "study").glob("*/*.toml")), ids=lambda p: "/".join(p.parts[-2:]))
+def test_every_world_s_recipe_is_valid_by_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert load(path).recipe.train.method.type == "dypo"
 
 
 def test_there_are_shipped_studies() -> None:
