@@ -92,12 +92,15 @@ def methods_md() -> dict[Path, str]:
                 "",
             ]
         )
-        routing = made.routing(1) if name == "sft_then_rl" else made.routing(0)
+        first, routing = made.routing(0), made.routing(1)
         groups, traces = (
             ", ".join(routing.rl) or "none",
-            ", ".join(routing.sft) or ("with the group" if routing.union else "none"),
+            ", ".join(first.sft) or ("with the group" if routing.union else "none"),
         )
+        traces += " (first rounds)" if first.sft and not routing.sft else ""
         advantage = {"std": "divided by std", "none": "centred"}[made.loss.grpo.advantage] if routing.rl else ""
+        advantage += ", with the trace" if routing.union else ""
+        advantage = "of each token" if made.loss.rollout_term == "distill" else advantage
         what = " ".join((method.__doc__ or "").split()).partition(" (docs/")[0]
         index.append(f"| [{name}]({name}.md) | {what} | {groups} | {traces} | {advantage} |")
     pages[HERE / "methods" / "README.md"] = "\n".join([*index, ""])

@@ -85,7 +85,7 @@ class _Plan:
         for t in r.teachers if n == 0 else ():
             traces = None if train_rows is None or t.engine.type == "replay" else train_rows * t.samples
             self.score("trace", "traces", {"teacher": t.name}, traces)
-        self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts)
+        self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts if groups else 0)
         for route in ("rl", "sft"):
             self.look("route", "shards", {**key, "route": route}, lambda route=route: self.route_spec(n, route))
         for role in r.train.method.loss.logprob_roles:

@@ -54,13 +54,12 @@ def _content_id(folder: Path, patterns: tuple[str, ...]) -> str:
     return digest(sorted([path.name, _sha256(path)] for path in files))
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, key: str = "policy.model") -> None:
     """UserError unless this is a Hugging Face folder with safetensors weights."""
     wanted = "expected a Hugging Face model folder with config.json, tokenizer files and *.safetensors"
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: {wanted}, found no such folder. Give policy.model a folder on disk; "
-            "models are never downloaded by dypo"
+            f"{folder}: {wanted}, found no such folder. Give {key} a folder on disk; models are never downloaded by dypo"
         )
     found = sorted(path.name for path in folder.iterdir())
     if "config.json" not in found:

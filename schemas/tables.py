@@ -254,7 +254,12 @@ draws = Table(
         C("route", S, "sft | rl"),
         C("teacher", S, "the teacher drawn; null for rl", nullable=True),
         C("age", I32, "rounds between sampling and training"),
-        C("log_ratio", F64, "mean over the tokens of log-prob now minus stored old one; null for sft", nullable=True),
+        C(
+            "log_ratio",
+            F64,
+            "mean over the tokens of log-prob now minus stored old one; null for sft, and for groups without a gradient, which were not run",
+            nullable=True,
+        ),
         C("kl", F64, "mean over the tokens of ratio - 1 - log ratio (k3); null for sft", nullable=True),
         C(
             "clip_fraction",

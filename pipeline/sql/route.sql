@@ -8,7 +8,7 @@
 -- Weights are gates (0 or 1): alpha, gamma and denominators are the trainer's, so changing those does not re-route.
 with gates as (
     select
-        prompt_id, round, source_round, policy,
+        prompt_id, round, source_round, policy, reason,
         case reason when 'rl' then 'mid' when 'sft' then 'hard' when 'easy' then 'easy' else grade end as gate
     from grades
     where round = $round and reason not in ('unjudged', 'incomplete_group', 'stale')
@@ -16,7 +16,7 @@ with gates as (
 gated as (
     select g.round, g.source_round, g.policy, v.*
     from verdicts as v
-    inner join (select * from gates where list_contains($rl, gate)) as g on g.prompt_id = v.prompt_id
+    inner join (select * from gates where list_contains($rl, gate) and not (gate = 'mid' and reason = 'too_long')) as g on g.prompt_id = v.prompt_id
 ),
 -- a truncated or unreadable answer has no reward of its own: the group's lowest, never more than a wrong one
 lowest as (

@@ -168,7 +168,12 @@ def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: R
     r = ctx.recipe.rollouts
     rows = round_prompts(ctx, round)
     if rows and not ctx.recipe.train.method.routing(round).rl:  # nobody would read them
-        return [_nothing_to_draw(rollout_spec(ctx, round), regenerate)]
+        from pipeline.policy import Renderer
+
+        folder, _ = ctx.policy_of(round)
+        renderer = Renderer(folder, ctx.recipe.policy.template)
+        _, refused = _readable(folder, renderer, asks(rows, 1, (ctx.recipe.seed, round)), r.max_failed)
+        return [_nothing_to_draw(rollout_spec(ctx, round), regenerate, refused)]
     samples, outcomes = not_skipped(ctx, round, [row["prompt_id"] for row in rows])
     drawn = [row for row in rows if row["prompt_id"] in samples]
     it = rollout_spec(ctx, round)
@@ -184,13 +189,14 @@ def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: R
     return [*outcomes, made]
 
 
-def _nothing_to_draw(it: Spec, regenerate: bool) -> Outcome:
+def _nothing_to_draw(it: Spec, regenerate: bool, refused: Sequence[Failure] = ()) -> Outcome:
     """The partition of a round that draws nothing, since stored rollouts stand for its prompts or its method reads none."""
     if current(it):
         return nothing(it)
     begin(it, regenerate=regenerate)
     it.partition.folder.mkdir(parents=True, exist_ok=True)
-    return finish(it)
+    record(it, refused)
+    return finish(it, failed=len(refused))
 
 
 def sample_policy(

@@ -71,7 +71,7 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
         **routing_parameters(method, round),
         "query": digest(query_text(method.query, "route")),
     }
-    if (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
+    if config["graded"] and (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
         config["curriculum"] = digest(weights)
         if "earlier_grades" in weights:
             earlier = {n: ctx.part("grades", round=n).manifest() for n in range(round)}
