@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 VVENV  := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden golden-record slow real bench-trainer bench-score bench-generate bench-skips bench-grade bench-store docs clean
+.PHONY: help demo test check golden golden-record slow real study bench-trainer bench-score bench-generate bench-skips bench-grade bench-store docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ slow: $(VENV)/ready-real $(VVENV)/ready chromium  ## real components: the demo o
 	$(BIN)/python -m pytest -m "slow or chromium" tests
 	$(VVENV)/bin/python -m pytest -m vllm -W ignore::ResourceWarning tests/slow  # vLLM leaves zmq contexts to the collector
 
+study: $(VENV)/ready  ## the study of docs/results/study-worlds.md; goes on where it was stopped (ARGS="--processes 2")
+	for name in core ablation teachers alpha_beta others; do $(BIN)/dypo study recipes/study/$$name.toml $(ARGS) || failed=1; done; test -z "$$failed"
+
 real: $(VENV)/ready-real  ## a real language model, real problems, two real teachers (docs/results/smollm2.md says how long)
 	$(BIN)/python data/real.py
 
@@ -60,6 +63,10 @@ bench-grade: $(VENV)/ready-bench  ## grading 10 million rollouts: our stage, its
 
 bench-store: $(VENV)/ready-bench  ## what a stored rollout costs, and how fast one prompt reads
 	$(BIN)/python -m tests.bench.store $(ARGS)
+
+worlds: $(VENV)/ready  ## make the study's problems and base policies again (docs in data/worlds)
+	$(BIN)/python data/make_worlds.py
+	$(BIN)/python data/make_worlds.py --teacher
 
 tiny-policy: $(VENV)/ready  ## make the embedded policy and its problems again (docs in data/tiny_policy)
 	$(BIN)/python data/make_tiny_policy.py

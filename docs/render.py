@@ -1,4 +1,4 @@
-"""Renders the reference pages: `docs/data.md` (tables), `docs/recipe.md` (recipe keys), `docs/methods/` (a page for each method).
+"""Renders the reference pages: `docs/data.md` (tables), `docs/recipe.md` and `docs/study_keys.md` (keys), `docs/methods/` (a page for each method).
 
 `python docs/render.py` writes them, `--check` fails if they differ from what is committed.
 """
@@ -14,20 +14,21 @@ from pydantic_core import PydanticUndefined
 
 from schemas.methods import AnyMethod
 from schemas.recipe import Recipe
+from schemas.study import Study
 from schemas.tables import data_md
 
 HERE = Path(__file__).parent
 
 
-def recipe_md() -> str:
-    """Every key of the recipe: type, default, meaning. One section for each table, in the order they are met."""
+def keys_md(root: type[BaseModel], title: str) -> str:
+    """Every key of a TOML file: type, default, meaning. One section for each table, in the order they are met."""
     lines = [
-        "# Recipe keys",
+        f"# {title}",
         "",
-        "Rendered from `schemas/recipe.py` by `make docs`; do not edit. Unknown keys are errors.",
+        f"Rendered from `{root.__module__.replace('.', '/')}.py` by `make docs`; do not edit. Unknown keys are errors.",
         "",
     ]
-    queue: list[tuple[str, type[BaseModel]]] = [("(top level)", Recipe)]
+    queue: list[tuple[str, type[BaseModel]]] = [("(top level)", root)]
     seen: set[type] = set()
     while queue:
         name, model = queue.pop(0)
@@ -206,7 +207,12 @@ def _default(value: Any) -> str:
 
 
 def main() -> int:
-    pages = {HERE / "data.md": data_md(), HERE / "recipe.md": recipe_md(), **methods_md()}
+    pages = {
+        HERE / "data.md": data_md(),
+        HERE / "recipe.md": keys_md(Recipe, "Recipe keys"),
+        HERE / "study_keys.md": keys_md(Study, "Study keys"),
+        **methods_md(),
+    }
     if "--check" not in sys.argv:
         for path, text in pages.items():
             path.parent.mkdir(exist_ok=True)
