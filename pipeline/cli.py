@@ -47,6 +47,9 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object a line on st
 
 def main() -> None:
     """Entry point: turns errors of ours into one clear message and the promised exit code."""
+    from pipeline.study.tied import end_with_starter
+
+    end_with_starter()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if app(standalone_mode=False) == 130:  # typer turns Ctrl-C into this return value

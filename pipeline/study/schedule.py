@@ -5,10 +5,8 @@ killed at any instant goes on with the same command; the processes that it start
 stays. A run that fails is told with the last lines of its log, what waits for it is passed over, and the rest goes on.
 """
 
-import ctypes
 import fnmatch
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import Literal
 
 from pipeline.study import cells
 from pipeline.study.layout import Cell, Plan, Run
+from pipeline.study.tied import TIED
 from schemas.errors import DypoError, UserError
 
 POLL_S = 0.05
@@ -148,8 +147,7 @@ def _go_on(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=told,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=_end_with_the_study,
+            env={**os.environ, "OMP_NUM_THREADS": "1", TIED: str(os.getpid())},
         )
     workers.append(Worker(task, process, rest, log, command.out, started))
 
@@ -172,10 +170,3 @@ def _ended(plan: Plan, worker: Worker, workers: list[Worker], tell: Callable[[Ta
     except DypoError as e:
         task.state, task.why = "failed", str(e)
         tell(task)
-
-
-def _end_with_the_study() -> None:
-    """In a process of ours before it becomes the command: when the study is gone, even by kill -9, so is it (Linux)."""
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
