@@ -58,17 +58,16 @@ def chosen(plan: Plan, cell: Cell) -> int | None:
 
 
 def validation(plan: Plan, trial: Cell) -> float | None:
-    """What a finished trial is judged by: avg@n on the tuning suite after the last round; None while it runs."""
-    ctx = plan.context(trial)
-    last = ctx.recipe.rounds - 1
-    if ctx.round_end(last) is None:
-        return None
-    (suite,) = ctx.recipe.eval.suites
-    part = ctx.part("evals", round=last, step=final_step(ctx, last), suite=suite.name)
-    if part.manifest() is None or not whole(ctx):
-        return None
-    rows = read_parts(part.files(), "evals", ["metric", "value"]).to_pylist()
-    return next(float(row["value"]) for row in rows if row["metric"] == f"avg@{suite.n}")
+    """What a finished trial is judged by: avg@n on the tuning suite after the last round; None while it is not finished."""
+    if trial not in plan.reached:
+        ctx = plan.context(trial)
+        if not whole(ctx):
+            return None
+        last, (suite,) = ctx.recipe.rounds - 1, ctx.recipe.eval.suites
+        part = ctx.part("evals", round=last, step=final_step(ctx, last), suite=suite.name)
+        rows = read_parts(part.files(), "evals", ["metric", "value"]).to_pylist()
+        plan.reached[trial] = next(float(row["value"]) for row in rows if row["metric"] == f"avg@{suite.n}")
+    return plan.reached[trial]
 
 
 # ---------------------------------------------------------------- what is to do

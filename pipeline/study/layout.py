@@ -9,7 +9,7 @@ Nothing here reads a run: a study file says all of it. It leaves out in what ord
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class Plan:
     study: Study
     recipes: Mapping[str, dict[str, Any]]
     where: str
+    reached: dict[Cell, float] = field(
+        default_factory=dict
+    )  # of trials that are known to be finished: what they are judged by
 
     @property
     def folder(self) -> Path:
