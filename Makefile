@@ -40,7 +40,10 @@ slow: $(VENV)/ready-real $(VVENV)/ready chromium  ## real components: the demo o
 	$(VVENV)/bin/python -m pytest -m vllm -W ignore::ResourceWarning tests/slow  # vLLM leaves zmq contexts to the collector
 
 study: $(VENV)/ready  ## the study of docs/results/study-worlds.md; goes on where it was stopped (ARGS="--processes 2")
-	for name in core ablation teachers alpha_beta others; do $(BIN)/dypo study recipes/study/$$name.toml $(ARGS) || failed=1; done; test -z "$$failed"
+	for name in core ablation teachers alpha_beta others; do \
+		$(BIN)/dypo study recipes/study/$$name.toml $(ARGS) || failed=1; \
+		cp runs/study/$$name.md docs/results/study-$$name.md; \
+	done; test -z "$$failed"
 
 real: $(VENV)/ready-real  ## a real language model, real problems, two real teachers (docs/results/smollm2.md says how long)
 	$(BIN)/python data/real.py

@@ -1,7 +1,7 @@
 """The report of a study: tables and pictures of what results.py says, as one HTML file and one Markdown file.
 
 One idea: the page is a list of blocks that both writers go through, so the two cannot disagree; Markdown leaves out the pictures.
-Results that are missing are in every table's first number. Tables and pictures are drawn by pipeline/report.py.
+Results that are missing are in every table's first number. Tables and pictures are drawn by pipeline/page.py.
 """
 
 from collections import defaultdict
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pipeline import report as page
+from pipeline import page
 from pipeline.comparison import PairedTest
 from pipeline.study import cells
 from pipeline.study.layout import Cell, Plan
@@ -272,16 +272,20 @@ def _curves(found: Results, world: str) -> list[Block]:
         for row in rows:
             if row["name"] == name:
                 series[row["method"]].append((row["x"], row["value"], row["half"] or 0.0))
-        blocks += _pictures(found, f"{title}, world {world}", f"{caption}; by optimizer updates", series)
+        blocks += _pictures(found, f"{title}, world {world}", f"{caption}; by optimizer updates, running means", series)
     return blocks
 
 
 def _pictures(found: Results, title: str, caption: str, series: Mapping[str, list]) -> list[Block]:
     """The methods in the study's order, some to a picture."""
-    present = [m.name for m in found.plan.study.methods if m.name in series]
+    places = {m.name: n for n, m in enumerate(found.plan.study.methods)}
+    present = [m for m in places if m in series]
     parts = [present[i : i + SHOWN] for i in range(0, len(present), SHOWN)]
     names = [title] * len(parts) if len(parts) < 2 else [f"{title}, {i + 1}" for i in range(len(parts))]
-    return [Picture(name, caption, _draw, {m: series[m] for m in part}) for name, part in zip(names, parts, strict=True)]
+    return [
+        Picture(name, caption, _draw, {m: (places[m], series[m]) for m in part})
+        for name, part in zip(names, parts, strict=True)
+    ]
 
 
 def _trials(found: Results) -> list[Block]:
@@ -366,15 +370,15 @@ def _html(plan: Plan, blocks: Sequence[Block]) -> str:
     out = []
     for block in blocks:
         if isinstance(block, Heading):
-            out.append(f"<h{block.level}>{page._text(block.text)}</h{block.level}>")
+            out.append(f"<h{block.level}>{page.text(block.text)}</h{block.level}>")
         elif isinstance(block, Text):
-            out.append(f"<p class=note>{page._text(block.text)}</p>")
+            out.append(f"<p class=note>{page.text(block.text)}</p>")
         elif isinstance(block, Table):
-            rows = [[_bold(page._text(c)) for c in row] for row in block.rows]
-            out.append(page._table([page._text(h) for h in block.head], rows, range(1, len(block.head))))
+            rows = [[_bold(page.text(c)) for c in row] for row in block.rows]
+            out.append(page.table([page.text(h) for h in block.head], rows, range(1, len(block.head))))
         else:
-            out.append(page._figure(block.title, block.caption, block.draw, block.series, wide=True))
-    return page.whole(plan.study.title, f"study {page._text(plan.study.name)}", "", "".join(out))
+            out.append(page.figure(block.title, block.caption, block.draw, block.series, wide=True))
+    return page.whole(plan.study.title, f"study {page.text(plan.study.name)}", "", "".join(out))
 
 
 def _bold(cell: str) -> str:
@@ -395,20 +399,15 @@ def _markdown(plan: Plan, blocks: Sequence[Block]) -> str:
     return "\n\n".join(out) + "\n"
 
 
-def _draw(fig: "Figure", series: Mapping[str, list[tuple[float, float, float]]]) -> None:
-    """Lines with bands: (x, value, half of the interval) by name."""
+def _draw(fig: "Figure", series: Mapping[str, tuple[int, list[tuple[float, float, float]]]]) -> None:
+    """Lines with bands, both smoothed: by name, the method's place (its colour in every picture) and (x, value, half of the interval)."""
     ax = fig.subplots()
-    for n, (name, points) in enumerate(series.items()):
-        x, y, half = zip(*points, strict=True)
-        colour, dashes = page.LINES[n % len(page.LINES)], "--" if n >= len(page.LINES) else "-"
+    for name, (place, points) in series.items():
+        x, y, half = (list(column) for column in zip(*points, strict=True))
+        y, half = page.smooth(y), page.smooth(half)
+        colour, dashes = page.LINES[place % len(page.LINES)], "--" if place // len(page.LINES) % 2 else "-"
+        low, high = ([v + sign * h for v, h in zip(y, half, strict=True)] for sign in (-1, 1))
         ax.plot(x, y, color=colour, ls=dashes, lw=1.6, label=name)
-        ax.fill_between(
-            x,
-            [v - h for v, h in zip(y, half, strict=True)],
-            [v + h for v, h in zip(y, half, strict=True)],
-            color=colour,
-            alpha=0.15,
-            lw=0,
-        )
-    page._whole_ticks(ax)
+        ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    page.whole_ticks(ax)
     fig.legend(loc="outside right upper")
