@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from schemas.methods import AnyMethod
+from schemas.methods import ALL, AnyMethod
 from schemas.recipe import Recipe
 from schemas.tables import data_md
 
@@ -48,6 +48,8 @@ def recipe_md() -> str:
 
 # ---------------------------------------------------------------- methods
 LOSSES = HERE.parent / "trainer" / "losses"
+DISCRIMINATOR = HERE.parent / "pipeline" / "discriminator.py"
+ROUNDS = range(3)  # as many as a method has stages
 
 
 def methods_md() -> dict[Path, str]:
@@ -84,7 +86,7 @@ def methods_md() -> dict[Path, str]:
                 *_class_body(text),
                 "```",
                 "",
-                "and in `trainer/losses/`, combined by `trainer/objective.py` ([losses.md](../losses.md)):",
+                f"and in {_places(made)}, combined by `trainer/objective.py` ([losses.md](../losses.md)):",
                 "",
                 "```python",
                 "\n\n\n".join(_function(f) for f in _functions_of(made)),
@@ -92,14 +94,14 @@ def methods_md() -> dict[Path, str]:
                 "",
             ]
         )
-        routing = made.routing(1) if name == "sft_then_rl" else made.routing(0)
+        routings = [made.routing(round) for round in ROUNDS]
         groups, traces = (
-            ", ".join(routing.rl) or "none",
-            ", ".join(routing.sft) or ("with the group" if routing.union else "none"),
+            ", ".join(g for g in ALL if any(g in getattr(r, route) for r in routings)) for route in ("rl", "sft")
         )
-        advantage = {"std": "divided by std", "none": "centred"}[made.loss.grpo.advantage] if routing.rl else ""
+        advantage = {"std": "divided by std", "none": "centred"}[made.loss.grpo.advantage] if groups else ""
+        traces = traces or ("with the group" if routings[0].union else "none")
         what = " ".join((method.__doc__ or "").split()).partition(" (docs/")[0]
-        index.append(f"| [{name}]({name}.md) | {what} | {groups} | {traces} | {advantage} |")
+        index.append(f"| [{name}]({name}.md) | {what} | {groups or 'none'} | {traces} | {advantage} |")
     pages[HERE / "methods" / "README.md"] = "\n".join([*index, ""])
     return pages
 
@@ -139,10 +141,10 @@ def _class_body(text: str) -> list[str]:
 
 
 def _functions_of(made: Any) -> list[str]:
-    """The losses that a method's `loss` names."""
-    loss, routing = made.loss, made.routing(0)
+    """The losses that a method's `loss` names, and the discriminator's where it has one."""
+    loss, routings = made.loss, [made.routing(round) for round in ROUNDS]
     names = []
-    if routing.rl or made.routing(1).rl:
+    if any(r.rl for r in routings):
         of_rollouts = {"clip": "clipped_surrogate", "cispo": "cispo", "unclipped": "unclipped_surrogate"}[
             loss.grpo.surrogate
         ]
@@ -152,15 +154,20 @@ def _functions_of(made: Any) -> list[str]:
         names.append("off_policy_surrogate")
     if loss.gal is not None:
         names.append({"pairs": "group_alignment", "flat": "flat_alignment"}[loss.gal.form])
-    if routing.sft:
+    if any(r.sft for r in routings):
         names.append("sft")
         names += {"plain": [], "phi": ["phi_weights"], "entropy": ["entropy_weights"]}[loss.trace_weight]
+    names += ["fit"] * any(r.discriminator is not None for r in routings)
     return names
 
 
+def _places(made: Any) -> str:
+    return "`trainer/losses/`" + (" and `pipeline/discriminator.py`" if "fit" in _functions_of(made) else "")
+
+
 def _function(name: str) -> str:
-    """The source of a function in trainer/losses/, without importing torch."""
-    for path in sorted(LOSSES.glob("*.py")):
+    """The source of a function in trainer/losses/ or of the discriminator, without importing torch."""
+    for path in [*sorted(LOSSES.glob("*.py")), DISCRIMINATOR]:
         text = path.read_text()
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.name == name:

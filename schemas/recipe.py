@@ -402,6 +402,12 @@ class Recipe(Model):
                     f"sources.{source.name}: verifier '{source.verifier}' is not among "
                     f"score.verifiers ({', '.join(self.score.verifiers)})"
                 )
+        rated = [n for n in range(self.rounds) if self.train.method.routing(n).discriminator is not None]
+        if rated and not self.teachers:
+            raise ValueError(
+                f"train.method.type = '{self.train.method.type}': round {rated[0]} is rated by a discriminator of the teachers' text "
+                "against the policy's, and there is no teacher; add one under [[teachers]]"
+            )
         if self.grade.hard_max_successes + self.grade.easy_max_failures >= self.rollouts.k:
             raise ValueError(
                 f"grade: hard_max_successes {self.grade.hard_max_successes} + easy_max_failures "

@@ -16,6 +16,7 @@ from schemas.methods.gspo import GSPOMethod
 from schemas.methods.hpt import HPTMethod
 from schemas.methods.luffy import LUFFYMethod
 from schemas.methods.opd import OPDMethod
+from schemas.methods.prism import PRISMMethod
 from schemas.methods.relift import ReLIFTMethod
 from schemas.methods.sft import SFTMethod
 from schemas.methods.sft_then_rl import SFTThenRLMethod
@@ -41,6 +42,7 @@ AnyMethod = Annotated[
         SRFTMethod,
         CHORDMethod,
         OPDMethod,
+        PRISMMethod,
         DypoMethod,
         GRPOFlatMethod,
     ],

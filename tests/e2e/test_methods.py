@@ -25,6 +25,7 @@ METHODS = {
     "srft": "",
     "chord": "decay_steps = 6",
     "opd": f'teacher = "{ROOT}/data/tiny_policy"',
+    "prism": "sft_rounds = 0",
     "grpo_flat": "",
 }
 GROUPS = {
@@ -37,7 +38,7 @@ GROUPS = {
 }
 TRACES = {"superrl": {"hard"}, "hpt": {"hard"}, "relift": {"hard"}, "grpo_flat": {"hard"}}
 EVERY = {"easy", "mid", "hard"}
-NO_TRACES = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "opd"}
+NO_TRACES = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "opd", "prism"}
 
 
 def recipe_of(folder: Path, method: str, options: str) -> Path:
