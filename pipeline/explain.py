@@ -24,7 +24,7 @@ SHOWN_CHARACTERS = 600
 GRADE_STYLE = {"easy": "green", "mid": "yellow", "hard": "red"}
 WHY = {
     "sft": "goes to sft: Hard, with {traces} verified teacher traces, one of which is drawn at each visit",
-    "rl": "goes to rl: Mid, so its whole group is trained on with GRPO and GAL",
+    "rl": "goes to rl: Mid, so its whole group is trained on",
     "easy": "not trained on: every rollout is right, so there is nothing to learn",
     "no_verified_trace": "not trained on: Hard, and no teacher has a verified trace within the length limit",
     "too_long": "not trained on: prompt and response are past grade.max_tokens",
@@ -32,6 +32,7 @@ WHY = {
     "incomplete_group": "not trained on: only {k} rollouts are there",
     "stale": "not trained on: its rollouts are of round {source_round}",
 }
+TAKEN = {"rl": "its whole group", "sft": "its verified traces, one of which is drawn at each visit"}
 SKIPPED = {
     "sure": "only {draws} of {k} rollouts were drawn: then it was sure, with a chance of {chance:.2f}, that the whole group is {grade}",
     "unmoved": "not drawn anew but graded on the rollouts of round {source_round}: unmoved, it was {grade} there as before",
@@ -203,7 +204,10 @@ def _graded(at: Row) -> str:
     if grade is None:
         return "not graded in this round" + (": score and grade its rollouts" if at["rollouts"] else "")
     why = WHY[grade["reason"]].format(**grade) if grade["reason"] in WHY else f"reason {grade['reason']}"
-    if grade["reason"] in ("sft", "rl"):
+    routes = sorted({row["route"] for row in at["shards"]})
+    if routes and routes != [grade["reason"]]:  # DYPO's gates are the reasons; another method has its own
+        why = f"{grade['grade']}: the run's method takes " + " and ".join(TAKEN[route] for route in routes)
+    if routes or grade["reason"] in ("sft", "rl"):
         if not at["shards"]:
             why += "; the method's routing took it in no shard"
         elif steps:

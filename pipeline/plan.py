@@ -70,9 +70,10 @@ class _Plan:
         key = {"round": n}
         drawn = r.rollouts.prompts_per_round
         prompts = drawn if train_rows is None else min(drawn or train_rows, train_rows)
-        wanted = None if prompts is None else prompts * r.rollouts.k
+        groups = bool(r.train.method.routing(n).rl)  # else the method reads no rollouts in this round
+        wanted = None if prompts is None else prompts * r.rollouts.k * groups
         sampled = (f"checkpoints/round={n - 1}",) if n else ()
-        if r.rollouts.sequential or r.rollouts.reuse:
+        if groups and (r.rollouts.sequential or r.rollouts.reuse):
             self.look("skips", "skips", key, lambda: skips.spec(ctx, n), after=sampled)
             found = ctx.part("skips", **key).manifest()
             wanted = None if wanted is None or found is None else wanted - int(found.facts["skipped"])

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from schemas.address import without_secret
+from schemas.address import Address
 from schemas.errors import UserError
-from schemas.methods import AnyMethod, DypoMethod
+from schemas.methods import ALL, AnyMethod, DypoMethod
+from schemas.methods.sft_then_rl import SFTThenRLMethod
 from schemas.model import Model
 from schemas.scorers import ScorerConfig
 
@@ -100,7 +101,7 @@ class OpenAIEngine(Model):
     """Any OpenAI-compatible chat server. The key is read from the environment and never written anywhere."""
 
     type: Literal["openai"]
-    base_url: str
+    base_url: Address
     model: str
     api_key_env: str = "OPENAI_API_KEY"
     temperature: float = Field(default=0.7, ge=0)
@@ -112,11 +113,6 @@ class OpenAIEngine(Model):
     retries: int = Field(default=4, ge=0, description="of a request that timed out, got 429 or 5xx, or garbage")
     max_failed: float = Field(default=0.02, ge=0, le=1, description="share of samples that may fail for good")
     budget: Budget | None = None
-
-    @field_validator("base_url")
-    @classmethod
-    def _address_without_secret(cls, url: str) -> str:
-        return without_secret(url)
 
 
 class ReplayEngine(Model):
@@ -170,7 +166,7 @@ class VLLMServerEngine(Model):
     """A vLLM server in dev mode, whose weights are reloaded in place for each policy."""
 
     type: Literal["vllm_server"]
-    base_url: str = Field(description="of the server, without /v1: http://127.0.0.1:8000")
+    base_url: Address = Field(description="of the server, without /v1: http://127.0.0.1:8000")
     concurrency: int = Field(default=256, ge=1, description="requests at once; a sample is one request")
     batch_sequences: int = Field(default=4096, ge=1, description="sequences asked for before a part file is written")
     timeout_s: float = Field(default=600.0, gt=0)
@@ -385,6 +381,21 @@ class Recipe(Model):
     grade: Grade = Grade()
     train: Train
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> "Recipe":
+        method, first = self.train.method, self.train.method.routing(0)
+        if (first.union or first.sft == ALL) and not self.teachers:
+            raise ValueError(
+                f"train.method: type = '{method.type}' learns from traces of every prompt, and the recipe has no [[teachers]]. Add one, "
+                "or take a method that reads rollouts alone (grpo, dapo, ...)"
+            )
+        if isinstance(method, SFTThenRLMethod) and self.rounds <= method.sft_rounds:
+            raise ValueError(
+                f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds}: raise rounds, or take "
+                "type = 'sft'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Recipe":

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from schemas.address import without_secret
+from schemas.address import Address
 
 Status = Literal["ok", "wrong", "unparseable", "timeout", "truncated", "gold_bad", "error"]
 STATUSES: tuple[str, ...] = get_args(Status)
@@ -81,7 +81,7 @@ class JudgeScorer(_Scorer):
     """A rubric judged by a model behind an OpenAI-compatible server. The key is read from the environment and never written anywhere."""
 
     type: Literal["judge"]
-    base_url: str
+    base_url: Address
     model: str
     rubric: str = Field(min_length=1)
     """What a good answer is, in words; the judge also sees the question, the prompt's `answer` as reference, and the answer."""
@@ -94,11 +94,6 @@ class JudgeScorer(_Scorer):
     timeout_s: float = Field(default=120.0, gt=0)
     retries: int = Field(default=4, ge=0)
     """Of a request that timed out, got 429 or 5xx, or garbage."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _address_without_secret(cls, url: str) -> str:
-        return without_secret(url)
 
 
 ScorerConfig = Annotated[

@@ -87,13 +87,19 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
     Raises UserError before the model is loaded if neither route has MIN_PROMPTS prompts, or the run's gradient is none that
     is measured here (grpo.old = trainer, LoRA).
     """
-    if job.train.method.loss.grpo.old == "trainer" or job.train.lora is not None:
+    loss = job.train.method.loss
+    if loss.grpo.old == "trainer" or job.train.lora is not None:
         raise UserError(
             "probe variance: not with grpo.old = 'trainer' or train.lora, whose gradient is another one than it would measure; "
             "set grpo.old = 'sampler', or probe a run that trains all weights"
         )
+    if loss.off_policy != "none" or loss.rollout_term != "surrogate":
+        raise UserError(
+            f"probe variance: not with method {job.train.method.type}, whose groups have a trace as a member or whose advantages are not "
+            "the group's; probe a run of another method on the same rows"
+        )
     visits, gated = _chosen(job)
-    method, loss = job.train.method, job.train.method.loss
+    method = job.train.method
     names = {"sft": ["sft"], "rl": ["grpo", "gal"] if loss.gal is not None else ["grpo"]}
     shards = _rows(job, visits)
     model = load_model(job.folder, job.policy)

@@ -1,4 +1,4 @@
-"""The GPU engine: vLLM in process, for one stage. `pip install dypo[vllm]`, or vLLM's CPU build (`make venv-vllm`).
+"""The GPU engine: vLLM in process. `pip install dypo[vllm]`, or vLLM's CPU build (`make venv-vllm`).
 
 One idea: vLLM only turns token ids into token ids. Prompts go in as ids, the stop ids come from our renderer, text is
 derived by our renderer, and vLLM's own tokenizer and the model's generation_config are left out, so nothing but the
@@ -44,8 +44,6 @@ from schemas.recipe import Policy, VLLMEngine
 RELOADED, ROUNDING = 2.0, 1e-4  # a kept engine's mean difference: at most so many times a fresh one's, and so much more
 CPU_CACHE_BYTES = 2**30  # keys and values of the sequences that vLLM's CPU build works on at once
 BATCHED_TOKENS = 8192  # tokens of one engine step without chunked prefill, at least
-
-
 LOOK_EVERY_S = 1.0  # whether the engine's processes live
 T = TypeVar("T")
 
@@ -78,7 +76,7 @@ def shut_down() -> None:
         _live.llm.llm_engine.engine_core.shutdown()
         if _live.reaper is not None:
             _live.reaper.kill()
-            _live.reaper.wait()
+            _live.reaper.communicate()
         _live = None
 
 

@@ -2,9 +2,10 @@
 
 The judge is asked once for each (rubric, question, reference, answer) and told to end with a line `Score: x`, x from 0 to 1: that is the
 reward, and correct is a reward from `correct_at` on. A reply without such a line, or no reply, is status error: nothing is known of the
-answer; where there was no reply (`NO_REPLY`), the next `dypo score` asks again. What was asked is hashed into the verdict's detail, before the reply's own words, so that stored verdicts are the memory
-(`remembered`): another threshold, a later round or a scoring again asks nothing twice. Requests, retries and their limits are the
-engine's (pipeline/engines/openai.py). What stands before the last </think> is not shown to the judge.
+answer; where there was no reply (`NO_REPLY`), the next `dypo score` asks again. What was asked is hashed into the verdict's detail,
+before the reply's own words, so that stored verdicts are the memory (`remembered`): another threshold, a later round or a scoring
+again asks nothing twice. Requests, retries and their limits are the engine's (pipeline/engines/openai.py). What stands before the
+last </think> is not shown to the judge.
 """
 
 import re

@@ -16,7 +16,9 @@ from pipeline.scorers.base import Verdict, gold_bad, judged, last_boxed, unparse
 from pipeline.scorers.math_reading import Reading
 from pipeline.scorers.plain_math import Plain
 
-VERSION = 4  # 2: spaces between digits, several boxes and a box that says nothing are math-verify's to read; 3: nor are a line break and an fbox ours; 4: nor is a number set as text or in bold
+# 2: spaces between digits, several boxes and a box that says nothing are math-verify's to read
+# 3: nor are a line break and an fbox ours; 4: nor is a number set as text or in bold
+VERSION = 4
 TAIL_CHARS = 20_000  # the answer stands at the end; math-verify's patterns slow down on long texts
 GOLD_CHARS = 5_000
 

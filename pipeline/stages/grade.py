@@ -157,6 +157,8 @@ def _refuse_unreliable_verdicts(ctx: Context, round: int) -> None:
 def _refuse_old_skips(ctx: Context, round: int) -> None:
     """UserError where what need not be drawn was decided from other verdicts, grades or settings than there are now."""
     r = ctx.recipe.rollouts
+    if not ctx.recipe.train.method.routing(round).rl:
+        return
     if (r.sequential or r.reuse) and not current(it := skips.spec(ctx, round)):
         found = it.partition.manifest()
         raise UserError(

@@ -8,7 +8,7 @@ import pytest
 from schemas.errors import UserError
 from schemas.methods.dypo import PRESETS, DypoMethod
 from schemas.recipe import parse_recipe
-from tests.tiny_runs import ROOT, write_recipe
+from tests.tiny_runs import RECIPE, ROOT, write_recipe
 
 LEFT = 'engine = { type = "program", program = "tiny.left" }'
 
@@ -44,7 +44,17 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
         ("pass_k = [1, 2]", "pass_k = [0]", "eval.suites.0.pass_k.0: Input should be greater than or equal to 1 (found 0)"),
         ("pass_k = [1, 2]", "pass_k = [1, 4]", "pass@4 needs n >= that, found n = 2"),
         ("[train]", "[grade]\nhard_max_successes = 2\neasy_max_failures = 2\n[train]", "must be below rollouts.k = 4"),
-        (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port/v1"),
+        (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port"),
+        (
+            'engine = { type = "hf", batch_sequences = 40 }',
+            "engine = { type = 'vllm_server', base_url = 'http://me:pw@host' }",
+            "rollouts.engine.base_url: give the address alone",
+        ),
+        (
+            "lr = 1e-3",
+            "lr = 1e-3, grpo = { surrogate = 'unclipped', clip_high = 0.3 }",
+            "surrogate = 'unclipped' has no bound",
+        ),
         (LEFT, server("http://me:pw@host/v1"), "a key belongs in the environment variable that api_key_env names"),
         (LEFT, server("https://host/v1?key=pw"), "a key belongs in the environment variable that api_key_env names"),
         (
@@ -103,3 +113,20 @@ def test_presets_fill_what_is_not_given_and_nothing_else() -> None:
 def test_a_second_learning_rate_belongs_to_the_queue_alone() -> None:
     with pytest.raises(ValueError, match="sft_lr belongs to schedule = 'queue'"):
         DypoMethod(sft_lr=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sft", "luffy", "srft", "uniform_mix", "chord", "sft_then_rl"])
+def test_a_method_of_traces_needs_a_teacher(method: str) -> None:
+    data = tomllib.loads(RECIPE.format(run="run", root=ROOT))
+    data["train"]["method"] = {"type": method}
+    parse_recipe(data, "small.toml")
+    with pytest.raises(UserError, match=rf"type = '{method}' learns from traces of every prompt, and the recipe has no"):
+        parse_recipe(data | {"teachers": []}, "small.toml")
+
+
+def test_sft_then_rl_needs_a_round_of_rl() -> None:
+    data = tomllib.loads(RECIPE.format(run="run", root=ROOT))
+    data["train"]["method"] = {"type": "sft_then_rl", "sft_rounds": 2}
+    with pytest.raises(UserError, match="rounds = 2 leaves none for RL"):
+        parse_recipe(data, "small.toml")
+    parse_recipe(data | {"rounds": 3}, "small.toml")
