@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from schemas.address import Address
 from schemas.errors import UserError
 from schemas.methods import ALL, AnyMethod, DypoMethod
+from schemas.methods.prism import PRISMMethod
 from schemas.methods.sft_then_rl import SFTThenRLMethod
 from schemas.model import Model
 from schemas.scorers import ScorerConfig
@@ -385,7 +386,7 @@ class Recipe(Model):
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> "Recipe":
         method, first = self.train.method, self.train.method.routing(0)
-        if (first.union or first.sft == ALL) and not self.teachers:
+        if (first.union or first.sft == ALL or first.discriminator is not None) and not self.teachers:
             raise ValueError(
                 f"train.method: type = '{method.type}' learns from traces of every prompt, and the recipe has no [[teachers]]. Add one, "
                 "or take a method that reads rollouts alone (grpo, dapo, ...)"
@@ -394,6 +395,11 @@ class Recipe(Model):
             raise ValueError(
                 f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds}: raise rounds, or take "
                 "type = 'sft'"
+            )
+        if isinstance(method, PRISMMethod) and self.rounds <= method.sft_rounds + method.align_rounds:
+            raise ValueError(
+                f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds} and align_rounds = "
+                f"{method.align_rounds}: raise rounds, or lower one of them"
             )
         return self
 
@@ -413,12 +419,6 @@ class Recipe(Model):
                     f"sources.{source.name}: verifier '{source.verifier}' is not among "
                     f"score.verifiers ({', '.join(self.score.verifiers)})"
                 )
-        rated = [n for n in range(self.rounds) if self.train.method.routing(n).discriminator is not None]
-        if rated and not self.teachers:
-            raise ValueError(
-                f"train.method.type = '{self.train.method.type}': round {rated[0]} is rated by a discriminator of the teachers' text "
-                "against the policy's, and there is no teacher; add one under [[teachers]]"
-            )
         if self.grade.hard_max_successes + self.grade.easy_max_failures >= self.rollouts.k:
             raise ValueError(
                 f"grade: hard_max_successes {self.grade.hard_max_successes} + easy_max_failures "

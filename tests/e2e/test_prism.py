@@ -104,5 +104,5 @@ def test_a_recipe_without_teachers_is_refused_with_the_way_out(tmp_path: Path) -
     path = write_recipe(tmp_path, lonely, **{METHOD: PRISM})
     got = dypo("ingest", path, check=False)
     assert got.returncode == 2
-    assert "round 0 is rated by a discriminator" in got.stderr
+    assert "type = 'prism' learns from traces of every prompt" in got.stderr
     assert "[[teachers]]" in got.stderr
