@@ -48,7 +48,7 @@ def recipe_md() -> str:
 
 # ---------------------------------------------------------------- methods
 LOSSES = HERE.parent / "trainer" / "losses"
-DISCRIMINATOR = HERE.parent / "pipeline" / "discriminator.py"
+ELSEWHERE = {"bilevel_update": "trainer/bridge.py", "fit": "pipeline/discriminator.py"}  # function -> file
 ROUNDS = range(3)  # as many as a method has stages
 
 
@@ -141,7 +141,7 @@ def _class_body(text: str) -> list[str]:
 
 
 def _functions_of(made: Any) -> list[str]:
-    """The losses that a method's `loss` names, and the discriminator's where it has one."""
+    """The losses that a method's `loss` names, and what has a file of its own (ELSEWHERE)."""
     loss, routings = made.loss, [made.routing(round) for round in ROUNDS]
     names = []
     if any(r.rl for r in routings):
@@ -157,17 +157,20 @@ def _functions_of(made: Any) -> list[str]:
     if any(r.sft for r in routings):
         names.append("sft")
         names += {"plain": [], "phi": ["phi_weights"], "entropy": ["entropy_weights"]}[loss.trace_weight]
+    names += ["bilevel_update"] * ("shadow" in made.rates)
     names += ["fit"] * any(r.discriminator is not None for r in routings)
     return names
 
 
 def _places(made: Any) -> str:
-    return "`trainer/losses/`" + (" and `pipeline/discriminator.py`" if "fit" in _functions_of(made) else "")
+    return " and ".join(
+        f"`{p}`" for p in ["trainer/losses/", *(ELSEWHERE[f] for f in _functions_of(made) if f in ELSEWHERE)]
+    )
 
 
 def _function(name: str) -> str:
-    """The source of a function in trainer/losses/ or of the discriminator, without importing torch."""
-    for path in [*sorted(LOSSES.glob("*.py")), DISCRIMINATOR]:
+    """The source of a function in trainer/losses/ or ELSEWHERE, without importing torch."""
+    for path in [HERE.parent / ELSEWHERE[name]] if name in ELSEWHERE else sorted(LOSSES.glob("*.py")):
         text = path.read_text()
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.name == name:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from schemas.address import Address
 from schemas.errors import UserError
 from schemas.methods import ALL, AnyMethod, DypoMethod
+from schemas.methods.bridge import BRIDGEMethod
 from schemas.methods.prism import PRISMMethod
 from schemas.methods.sft_then_rl import SFTThenRLMethod
 from schemas.model import Model
@@ -340,6 +341,25 @@ class Train(Model):
     )
     method: AnyMethod = DypoMethod()
     optimizer: Optimizer = Optimizer()
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> "Train":
+        if isinstance(self.method, BRIDGEMethod):
+            if self.lora is not None:
+                raise ValueError(
+                    "lora is instead of training all weights, and method 'bridge' trains them with an adapter of its own: leave lora out, "
+                    "and set method.rank and method.alpha"
+                )
+            if self.processes > 1:
+                raise ValueError(
+                    f"processes = {self.processes}: method 'bridge' exchanges weights with their shadow in one process; set processes = 1"
+                )
+        return self
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The adapter that is trained: `lora`, or method bridge's."""
+        return Lora(rank=self.method.rank, alpha=self.method.alpha) if isinstance(self.method, BRIDGEMethod) else self.lora
 
 
 # ---------------------------------------------------------------- evaluation

@@ -33,6 +33,7 @@ def step_metrics(
         suffix = "" if name == "main" else f"_{name}"
         out[f"grad_norm{suffix}"] = observed.grad_norm
         out[f"lr{suffix}"] = observed.rate
+        out |= observed.more
     for observed in every:
         if observed.rl_rows or observed.silent_rows:
             out |= _rollouts(observed)

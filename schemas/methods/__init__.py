@@ -5,6 +5,7 @@ from typing import Annotated, Union
 from pydantic import Field
 
 from schemas.methods.base import ALL, Grade, Loss, Method, Queues, Role, Routing, Stage, Weights
+from schemas.methods.bridge import BRIDGEMethod
 from schemas.methods.chord import CHORDMethod
 from schemas.methods.cispo import CISPOMethod
 from schemas.methods.dapo import DAPOMethod
@@ -41,6 +42,7 @@ AnyMethod = Annotated[
         LUFFYMethod,
         SRFTMethod,
         CHORDMethod,
+        BRIDGEMethod,
         OPDMethod,
         PRISMMethod,
         DypoMethod,

@@ -24,6 +24,7 @@ METHODS = {
     "luffy": HORIZON,
     "srft": "",
     "chord": "decay_steps = 6",
+    "bridge": "adapter_lr = 1e-3, rank = 4, alpha = 8",
     "opd": f'teacher = "{ROOT}/data/tiny_policy"',
     "prism": "sft_rounds = 0",
     "grpo_flat": "",

@@ -115,7 +115,7 @@ def test_a_second_learning_rate_belongs_to_the_queue_alone() -> None:
         DypoMethod(sft_lr=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "luffy", "srft", "uniform_mix", "chord", "sft_then_rl", "prism"])
+@pytest.mark.parametrize("method", ["sft", "luffy", "srft", "uniform_mix", "chord", "sft_then_rl", "bridge", "prism"])
 def test_a_method_of_traces_needs_a_teacher(method: str) -> None:
     data = tomllib.loads(RECIPE.format(run="run", root=ROOT))
     data["train"]["method"] = {"type": method}

@@ -13,7 +13,7 @@ from trainer.losses import grpo_advantages
 
 TYPES = [
     *("sft", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sft_then_rl", "uniform_mix", "superrl", "hpt", "relift"),
-    *("luffy", "srft", "chord", "prism", "dypo", "grpo_flat"),
+    *("luffy", "srft", "chord", "bridge", "prism", "dypo", "grpo_flat"),
 ]
 GROUPS = {"easy": ["ok"] * 4, "mid": ["ok", "wrong", "ok", "wrong"], "hard": ["wrong"] * 4}
 EVERY = {"easy", "mid", "hard"}

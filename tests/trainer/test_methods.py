@@ -39,6 +39,7 @@ NAMES: dict[str, dict] = {
     "srft": {},
     "chord": {"mu_peak": 0.6},
     "chord_phi": {"type": "chord", "variant": "phi"},
+    "bridge": {"rl_weight": 0.3},
     "opd": {"teacher": "somewhere"},
     "prism": {"sft_rounds": 0},
     "grpo_flat": {"alpha": 0.3, "beta": 0.8},
@@ -176,6 +177,8 @@ def written_out(name: str, table: pa.Table, model: torch.nn.Module) -> torch.Ten
             return p * (1 - p)
 
         return 0.9 * mean_over_tokens([(r, clipped(r, 0.2, 0.2)) for r in rl], rl) + 0.1 * sft_by_token(phi)
+    if name == "bridge":  # its step has two more gradients: test_bridge.py
+        return 0.3 * by_row(lambda r: clipped(r, 0.2, 0.2)) + 0.7 * sft_by_token()
     if name == "opd":
         stored = by_hand.reference(make_ref(table, seed=8, role="teacher"))
 
