@@ -98,8 +98,11 @@ def methods_md() -> dict[Path, str]:
         groups, traces = (
             ", ".join(g for g in ALL if any(g in getattr(r, route) for r in routings)) for route in ("rl", "sft")
         )
-        advantage = {"std": "divided by std", "none": "centred"}[made.loss.grpo.advantage] if groups else ""
         traces = traces or ("with the group" if routings[0].union else "none")
+        traces += " (first rounds)" if routings[0].sft and not routings[-1].sft else ""
+        advantage = {"std": "divided by std", "none": "centred"}[made.loss.grpo.advantage] if groups else ""
+        advantage += ", with the trace" if routings[0].union else ""
+        advantage = "of each token" if made.loss.rollout_term == "distill" else advantage
         what = " ".join((method.__doc__ or "").split()).partition(" (docs/")[0]
         index.append(f"| [{name}]({name}.md) | {what} | {groups or 'none'} | {traces} | {advantage} |")
     pages[HERE / "methods" / "README.md"] = "\n".join([*index, ""])

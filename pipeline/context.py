@@ -88,16 +88,67 @@ def load(target: Path, overrides: list[str] | None = None) -> Context:
     if not path.exists():
         what = "a folder without a recipe.toml, so not a run" if target.is_dir() else "no such file"
         raise UserError(f"{target}: {what}. Give a recipe (recipes/tiny.toml) or a run folder (runs/demo)")
-    try:
-        data = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid TOML: {e}") from None
+    data = with_included(path)
     for item in overrides or []:
         _set(data, item)
     recipe = parse_recipe(data, str(path))
     recipe = parse_recipe(_absolute(recipe), str(path))
     run = target.resolve() if target.is_dir() else recipe.run
     return Context(run, recipe.model_copy(update={"run": run}))
+
+
+def with_included(path: Path) -> dict[str, Any]:
+    """A recipe file as data, laid over the files that its `include` names (paths from its own folder).
+
+    Tables merge key by key and lists of named tables by `name`, so that a recipe changes one key of an included suite by naming the
+    suite and the key. The recipe's own values stand; two included files that give one key different values are a UserError.
+    """
+    own = _toml(path)
+    names = own.pop("include", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f'{path}: include: expected a list of files, found {names!r}. Write include = ["suites/aime24.toml"]'
+        )
+    under: dict[str, Any] = {}
+    for name in names:
+        file = path.parent / name
+        if not file.is_file():
+            near = ", ".join(sorted(p.name for p in file.parent.glob("*.toml"))) or "none"
+            raise UserError(f"{path}: include: {file} is no file. TOML files in that folder: {near}. Correct the name")
+        included = _toml(file)
+        if "include" in included:
+            raise UserError(f"{file}: an included file cannot include others. Name them in {path}, and remove its `include`")
+        under = _laid_over(under, included, refuse=f"{path}: include: {file} and a file before it")
+    return _laid_over(under, own)
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid TOML: {e}") from None
+
+
+def _laid_over(under: Any, over: Any, key: str = "", refuse: str | None = None) -> Any:
+    """`over`, with what only `under` has. refuse: who to name when both say something different."""
+    if isinstance(under, dict) and isinstance(over, dict):
+        both = {k: _laid_over(under[k], over[k], f"{key}.{k}" if key else k, refuse) for k in under if k in over}
+        return {**under, **over, **both}
+    if (a := _named(under)) is not None and (b := _named(over)) is not None:
+        return list(_laid_over(a, b, key, refuse).values())
+    if refuse is not None and under != over:
+        raise UserError(
+            f"{refuse} both give {key}: {under!r} and {over!r}. Leave one file out, or change the key in one of them"
+        )
+    return over
+
+
+def _named(value: Any) -> dict[str, Any] | None:
+    """A list of tables by their names; None if it is no such list."""
+    if not isinstance(value, list) or not value or not all(isinstance(v, dict) and "name" in v for v in value):
+        return None
+    named = {v["name"]: v for v in value}
+    return named if len(named) == len(value) else None
 
 
 def resolved(ctx: Context) -> str:

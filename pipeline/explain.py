@@ -201,12 +201,15 @@ def _skipped(skip: Row | None) -> str:
 
 def _graded(at: Row) -> str:
     grade, steps = at["grade"], sorted({d["step"] for d in at["draws"]})
+    routes = sorted({row["route"] for row in at["shards"]})
+    taken = "the run's method takes " + " and ".join(TAKEN[route] for route in routes)
+    if grade is None and routes:
+        return f"without rollouts in this round, so not graded: {taken}" + ("; drawn in " + _steps(steps) if steps else "")
     if grade is None:
         return "not graded in this round" + (": score and grade its rollouts" if at["rollouts"] else "")
     why = WHY[grade["reason"]].format(**grade) if grade["reason"] in WHY else f"reason {grade['reason']}"
-    routes = sorted({row["route"] for row in at["shards"]})
     if routes and routes != [grade["reason"]]:  # DYPO's gates are the reasons; another method has its own
-        why = f"{grade['grade']}: the run's method takes " + " and ".join(TAKEN[route] for route in routes)
+        why = f"{grade['grade']}: {taken}"
     if routes or grade["reason"] in ("sft", "rl"):
         if not at["shards"]:
             why += "; the method's routing took it in no shard"

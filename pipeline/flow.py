@@ -8,7 +8,7 @@ from pipeline.engines import vllm
 from pipeline.policy import check_folder
 from pipeline.scorers.user import source_hash
 from pipeline.stage import Outcome
-from pipeline.stages import evaluate, generate, grade, ingest, score, train
+from pipeline.stages import evaluate, generate, grade, ingest, logprobs, score, train
 from pipeline.store import Partition
 from schemas.scorers import UserScorer
 
@@ -55,6 +55,8 @@ def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: 
 def refuse_missing_files(ctx: Context) -> None:
     """UserError for a policy, a verifier's file or a query that the recipe names and that is not there."""
     check_folder(ctx.recipe.policy.model)
+    if "teacher" in ctx.recipe.train.method.loss.logprob_roles:
+        logprobs.distilled(ctx)
     for verifier in ctx.recipe.score.verifiers.values():
         if isinstance(verifier, UserScorer):
             source_hash(verifier)

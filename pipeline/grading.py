@@ -206,15 +206,15 @@ class Grading:
     def route(self) -> None:
         """Makes the keys of what is routed, one row a sequence, with the curriculum's weights."""
         method, g = self.ctx.recipe.train.method, self.ctx.recipe.grade
-        name = str(method.query or "route.sql")
+        name, routing = str(method.query or "route.sql"), routing_parameters(method, self.round)
         batches = self._select(
             query_text(method.query, "route"), ROUTED, "shards", name, own=method.query is not None,
-            round=self.round, k=self.ctx.recipe.rollouts.k, max_tokens=g.max_tokens, policy=self.ctx.policy_of(self.round)[1],
-            **routing_parameters(method, self.round),
+            round=self.round, k=self.ctx.recipe.rollouts.k, max_tokens=g.max_tokens,
+            policy="" if routing["graded"] else self.ctx.policy_of(self.round)[1], **routing,
         )  # fmt: skip
         self._routing_is_own = method.query is not None
         self._write_routed("routed", batches)
-        if (text := curriculum_text(g.curriculum)) is not None:
+        if routing["graded"] and (text := curriculum_text(g.curriculum)) is not None:  # without grades all weigh the same
             name = f"{name} with curriculum {g.curriculum}"
             own = isinstance(g.curriculum, Path)
             weights = self._select(text, WEIGHTS, "a curriculum", str(g.curriculum), own=own, round=self.round)

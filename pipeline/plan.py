@@ -84,7 +84,7 @@ class _Plan:
         for t in r.teachers if n == 0 else ():
             traces = None if train_rows is None or t.engine.type == "replay" else train_rows * t.samples
             self.score("trace", "traces", {"teacher": t.name}, traces)
-        self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts)
+        self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts if groups else 0)
         if r.train.method.routing(n).discriminator is not None:
             self.look("ratings", "ratings", key, lambda: self.rating_spec(n))
         for route in ("rl", "sft"):
@@ -103,7 +103,7 @@ class _Plan:
             prompts = self.prompts("eval", suite.sources)
             wanted = None if prompts is None else min(prompts, suite.limit or prompts) * suite.n
             spec = lambda s=suite: evaluate.sample_spec(ctx, s, round, step)  # noqa: E731
-            self.look("eval_rollouts", "eval_rollouts", keys, spec, wanted, ctx.recipe.eval.max_tokens, after)
+            self.look("eval_rollouts", "eval_rollouts", keys, spec, wanted, evaluate.sampling(ctx, suite).max_tokens, after)
             self.score("eval", "eval_rollouts", keys, wanted)
             self.look(
                 "eval",

@@ -15,6 +15,7 @@ from typing import Any
 
 from schemas.errors import UserError
 from schemas.ids import digest
+from schemas.templates import CHAT, PROBLEM, TEXTS, THINK
 
 TOKENIZER = (
     "tokenizer.json",
@@ -30,7 +31,6 @@ TOKENIZER = (
 )
 CONTENT = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER)
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-THINK = "<think>\n"
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -54,13 +54,12 @@ def _content_id(folder: Path, patterns: tuple[str, ...]) -> str:
     return digest(sorted([path.name, _sha256(path)] for path in files))
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, key: str = "policy.model") -> None:
     """UserError unless this is a Hugging Face folder with safetensors weights."""
     wanted = "expected a Hugging Face model folder with config.json, tokenizer files and *.safetensors"
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: {wanted}, found no such folder. Give policy.model a folder on disk; "
-            "models are never downloaded by dypo"
+            f"{folder}: {wanted}, found no such folder. Give {key} a folder on disk; models are never downloaded by dypo"
         )
     found = sorted(path.name for path in folder.iterdir())
     if "config.json" not in found:
@@ -87,12 +86,12 @@ def vocabulary(folder: Path) -> dict[str, int]:
 
 
 class Renderer:
-    """The policy's tokenizer and chat template."""
+    """The policy's tokenizer, and its chat template or the one that the recipe gives (policy.template)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: str = "chat") -> None:
         from transformers import AutoTokenizer
 
-        self.folder = folder
+        self.folder, self.template = folder, template
         if not folder.is_dir():
             check_folder(folder)
         try:
@@ -103,11 +102,11 @@ class Renderer:
                 f"{folder}: expected tokenizer files (tokenizer.json, tokenizer_config.json), found none that "
                 f"transformers can load: {reason}. Save the policy's tokenizer into this folder"
             ) from None
-        if not self._tokenizer.chat_template:
+        if template in CHAT and not self._tokenizer.chat_template:
             raise UserError(
                 f"{folder}: expected a chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
                 "found none. A base model needs one to render prompts; a file with one line is enough, for example "
-                "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+                "{% for m in messages %}{{ m.content }}\n{% endfor %}. Or give policy.template a text with {problem} in it"
             )
         self.eos_ids: tuple[int, ...] = self._read_eos()
         own = self._tokenizer.eos_token_id
@@ -143,17 +142,35 @@ class Renderer:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def _render(self, messages: tuple[tuple[str, str], ...]) -> tuple[str, tuple[int, ...]]:
+        rendered = self._chat(messages) if self.template in CHAT else self._plain(messages)
+        if self.template == "chat_think" and not rendered.endswith(THINK):
+            rendered += THINK
+        return rendered, tuple(self._ids(rendered))
+
+    def _plain(self, messages: tuple[tuple[str, str], ...]) -> str:
+        """A problem in a template without roles: the system message, if any, stands before it."""
+        *before, (_, problem) = messages
+        if any(role != "system" for role, _ in before):
+            raise UserError(
+                f"{self.folder}: policy.template = '{self.template[:40]}' renders one problem, found a chat with the roles "
+                f"{', '.join(role for role, _ in messages)}. Use template = 'chat', or leave such prompts out"
+            )
+        opens = self._tokenizer("")["input_ids"][:1] == [self._tokenizer.bos_token_id]
+        start = self._tokenizer.bos_token if opens else ""
+        body = TEXTS.get(self.template, self.template).replace(PROBLEM, problem)
+        return start + "".join(f"{content}\n\n" for _, content in before) + body
+
+    def _chat(self, messages: tuple[tuple[str, str], ...]) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
         from jinja2 import TemplateError
 
         try:
-            rendered = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except TemplateError as e:
             raise UserError(
                 f"{self.folder}: its chat template cannot render a chat with the roles "
                 f"{', '.join(role for role, _ in messages)}: {e}. Mend the template, or the messages"
             ) from None
-        return rendered, tuple(self._ids(rendered))
 
     def _ids(self, text: str) -> list[int]:
         try:

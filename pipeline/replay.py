@@ -25,6 +25,8 @@ METHOD = "train.method."
 REFUSED = {
     "type": "decides how prompts are routed",
     "preset": "fills only keys that are not given, and the recipe in a run gives all",
+    "teacher": "decides which log-probs are stored",
+    "variant": "fills only keys that are not given, and the recipe in a run gives all",
     "schedule": "decides which rows a step takes",
     "queue_size": "decides which rows a step takes",
     "queue_groups": "decides which rows a step takes",

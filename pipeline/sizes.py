@@ -125,9 +125,9 @@ def _of_shards(ctx: Context, round: int) -> Slots | None:
     rl, sft = by_route.get("rl"), by_route.get("sft")
     if not rows:
         return None
-    prompts = sum(row["prompts"] for row in rows)
+    prompts = rows[0]["prompts"]  # of both routes together
     visits = min(r.train.prompts_per_step, prompts)
-    mean = sum(row["prompts"] * row["slots"] for row in rows) / prompts
+    mean = sum(row["visits"] * row["slots"] for row in rows) / prompts
     return Slots(
         round=round,
         group_mean=rl and rl["slots"],
@@ -145,17 +145,20 @@ def _of_shards(ctx: Context, round: int) -> Slots | None:
 def _bound(r: Recipe) -> Slots:
     """What the recipe's limits allow a step of Mid groups, their prompts left out: nothing has been counted yet."""
     response = min(r.rollouts.max_tokens, r.grade.max_tokens) - 1
+    routing = r.train.method.routing(r.rounds - 1)
+    trace = r.grade.max_tokens - 1
+    beside = trace if routing.union or set(routing.rl) & set(routing.sft) else 0
     group = max(r.rollouts.k * response, 1)
     return Slots(
         round=None,
         group_mean=None,
         group_most=group,
         trace_mean=None,
-        trace_most=r.grade.max_tokens - 1,
-        sequence_most=response,
+        trace_most=trace,
+        sequence_most=max(response, trace) if beside or not routing.rl else response,
         visits=r.train.prompts_per_step,
         step_mean=None,
-        step_most=r.train.prompts_per_step * group,
+        step_most=r.train.prompts_per_step * (group + beside if routing.rl else trace),
         group=Group(response, response, r.rollouts.k),
     )
 

@@ -1,4 +1,4 @@
-"""Sources -> prompts: JSONL, Parquet and reasoning-gym tasks, checked row by row before anything is written.
+"""Sources -> prompts: JSONL, Parquet, CSV and reasoning-gym tasks, checked row by row before anything is written.
 
 One idea: a row is a plain dict that knows its place, so whatever is wrong with it is said with file and row.
 JSON lines are parsed one by one (an error has its line number) and Parquet goes through pyarrow, batch by
@@ -6,6 +6,8 @@ batch, without the trace columns: of a file with gigabytes of recorded traces, t
 
 A row's problem is the first of `prompt`, `problem`, `question`, `messages` that the file has. Its gold answer
 is verl's `reward_model.ground_truth`, else `answer`, else `solution`, kept exactly (GSM8K's keeps `#### 42`).
+A multiple-choice row (ARC's or GPQA's columns) has options instead: they are shown below the question in an order
+that a seed and the question decide, and the gold answer is the letter of the right one.
 Assistant messages that end `messages` are cut off: they are an answer, and `dypo generate teachers` can
 import them (engine `replay`). All other columns but the traces become `metadata`; `solution` stays there even where
 it is the gold answer, since the teacher `worked_solution` reads it.
@@ -13,6 +15,7 @@ it is the gold answer, since the teacher `worked_solution` reads it.
 It leaves out whether a gold answer parses (scorers) and how a prompt is rendered (policy).
 """
 
+import csv
 import hashlib
 import json
 import math
@@ -33,14 +36,21 @@ from schemas.errors import UserError
 from schemas.ids import digest, prompt_id
 from schemas.recipe import FileSource, GymSource
 from schemas.tables import ARROW
+from schemas.templates import asked
 
-JSONL, PARQUET = (".jsonl", ".ndjson"), (".parquet",)
-PROMPT_COLUMNS = ("prompt", "problem", "question", "messages")
-ANSWER_COLUMNS = ("answer", "solution")
+JSONL, PARQUET, CSV = (".jsonl", ".ndjson"), (".parquet",), (".csv",)
+KINDS = JSONL + PARQUET + CSV
+PROMPT_COLUMNS = ("prompt", "problem", "question", "messages", "Problem", "Question")
+ANSWER_COLUMNS = ("answer", "solution", "Answer")
+ARC = ("choices", "answerKey")  # {text: [...], label: [...]}, and the label of the right one
+GPQA = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+GONE = {"answer": ("answer",), "Answer": ("Answer",), ARC[1]: ARC, GPQA[0]: GPQA}  # of the gold answer, not kept as metadata
 TRACE_COLUMNS = frozenset({"target", "target_lst", "target_ds_qwen_7b_probs", "generations", "completion", "completions"})
 FORMS = """\
   - prompt, problem or question (text, or a list of {role, content}) with answer or solution
   - messages (a list of {role, content}) with answer or solution
+  - question with choices ({text, label}, two lists) and answerKey (ARC)
+  - Question with Correct Answer and Incorrect Answer 1, 2 and 3 (GPQA)
   - verl: prompt (a list of {role, content}) with reward_model.ground_truth"""
 FIX = "Correct the row, or delete it"
 MERGED = b"dypo.merged"  # schema metadata of read_source's table: repeated gym questions that were merged
@@ -63,21 +73,23 @@ class Row:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The JSONL and Parquet files that `path` means: itself, or all in a folder; UserError if none."""
+    """The JSONL, Parquet and CSV files that `path` means: itself, or all in a folder; UserError if none."""
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file())
         found = [p for p in inside if not any(part[0] in "._" for part in p.relative_to(path).parts)]
-        found = [p for p in found if p.suffix in JSONL + PARQUET]
+        found = [p for p in found if p.suffix in KINDS]
         if not found:
-            raise UserError(f"{path}: no .jsonl or .parquet file in this folder. Give a file, or a folder that has some")
+            raise UserError(
+                f"{path}: no .jsonl, .parquet or .csv file in this folder. Give a file, or a folder that has some"
+            )
         return found
     if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*") if p.suffix in JSONL + PARQUET)
+        near = sorted(p.name for p in path.parent.glob("*") if p.suffix in KINDS)
         hint = f" Data files beside it: {', '.join(near[:5])}." if near else ""
         raise UserError(f"{path}: no such file.{hint} Correct `path`, which is taken from the working directory")
-    if path.suffix not in JSONL + PARQUET:
+    if path.suffix not in KINDS:
         raise UserError(
-            f"{path}: expected a .jsonl, .ndjson or .parquet file, found {path.suffix or 'no extension'!r}. "
+            f"{path}: expected a .jsonl, .ndjson, .parquet or .csv file, found {path.suffix or 'no extension'!r}. "
             f"Convert it, for example: duckdb -c \"copy (from '{path.name}') to '{path.stem}.parquet'\""
         )
     return [path]
@@ -95,9 +107,9 @@ def read_rows(path: Path, skip: frozenset[str] = frozenset(), limit: int | None 
     """The rows of one file without the columns in `skip`. UserError for whatever cannot be read."""
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty. Expected at least one row; write it again or correct `path`")
-    read = _json_lines(path, skip) if path.suffix in JSONL else _parquet(path, skip)
+    read = _json_lines if path.suffix in JSONL else _csv if path.suffix in CSV else _parquet
     count = 0
-    for row in read:
+    for row in read(path, skip):
         yield row
         count += 1
         if count == limit:
@@ -137,6 +149,23 @@ def _json_lines(path: Path, skip: frozenset[str]) -> Iterator[Row]:
                     f"{path}, line {number}: expected a JSON object, found {kind_of(values)}. Write one object a line"
                 )
             yield Row(path, number, {k: v for k, v in values.items() if k not in skip})
+
+
+def _csv(path: Path, skip: frozenset[str]) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for number, values in enumerate(reader, 1):
+                if None in values or None in values.values():
+                    raise UserError(
+                        f"{path}, row {number} (it ends in line {reader.line_num}): expected {len(reader.fieldnames or ())} fields, as in "
+                        f"the first line, found {'more' if None in values else 'fewer'}. {FIX}"
+                    )
+                yield Row(path, number, {k: v or None for k, v in values.items() if k not in skip})
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise UserError(
+                f"{path}, line {reader.line_num}: not readable as CSV ({e}). Save the file as CSV in UTF-8"
+            ) from None
 
 
 def _parquet(path: Path, skip: frozenset[str]) -> Iterator[Row]:
@@ -286,6 +315,8 @@ def plain(value: Any) -> Any:
 def content_id(source: FileSource | GymSource) -> str:
     """What a source holds: sha256 of its file, or a digest of gym settings and reasoning_gym's version."""
     if isinstance(source, FileSource):
+        if source.hub is not None and not source.path.exists():
+            raise UserError(f"{source.path}: not there yet. `dypo ingest` fetches it from the hub's {source.hub}")
         return files_digest(source.path)
     tasks = [t.model_dump(mode="json") for t in source.tasks]
     return digest(["reasoning_gym", _gym_version(), tasks, source.seed, source.system, source.suffix])
@@ -317,10 +348,58 @@ def _table(source: FileSource | GymSource, rows: Iterable[tuple[Messages, str, d
     return pa.Table.from_pylist(made, schema=ARROW["prompts"])
 
 
-def _with_system(messages: Messages, system: str | None) -> Messages:
+def _asked(source: FileSource | GymSource, messages: Messages) -> Messages:
+    """The messages as the source's template and system message put them."""
+    system = source.system
+    if source.template is not None:
+        own, content = asked(source.template, messages[-1]["content"])
+        system, messages = own or system, [*messages[:-1], {"role": "user", "content": content}]
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def _with_options(row: Row, question: Messages, answer: str, seed: int) -> tuple[Messages, str, dict[str, Any]]:
+    """A multiple-choice row's question with its options below, the letter of the right one, and the order for the metadata.
+
+    The order is drawn from the seed and the question alone, so neither other rows nor their order matter.
+    """
+    texts, right = _gpqa_options(row) if answer == GPQA[0] else _arc_options(row)
+    text = question[-1]["content"].strip()
+    order = list(range(len(texts)))
+    random.Random(f"{seed}/{text}").shuffle(order)
+    letters = [chr(ord("A") + at) for at in range(len(order))]
+    shown = "\n".join(f"{letter}) {texts[at]}" for letter, at in zip(letters, order, strict=True))
+    messages = [*question[:-1], {"role": "user", "content": f"{text}\n\n{shown}"}]
+    return messages, letters[order.index(right)], {"options": [texts[at] for at in order], "options_order": order}
+
+
+def _gpqa_options(row: Row) -> tuple[list[str], int]:
+    return [_option(row, column, row.values.get(column)) for column in GPQA], 0
+
+
+def _arc_options(row: Row) -> tuple[list[str], int]:
+    choices, key = (row.values.get(column) for column in ARC)
+    texts, labels = (choices.get("text"), choices.get("label")) if isinstance(choices, dict) else (None, None)
+    if not isinstance(texts, list) or not isinstance(labels, list) or not 2 <= len(texts) == len(labels) <= 26:
+        found = short(json.dumps(plain(choices)))
+        raise UserError(
+            f"{row.where}: `choices`: expected {{text, label}}, two lists of the same length, 2 to 26; found {found}. {FIX}"
+        )
+    if labels.count(key) != 1:
+        raise UserError(
+            f"{row.where}: `answerKey`: expected one of the labels {', '.join(map(str, labels))}, found {key!r}. {FIX}"
+        )
+    return [_option(row, "choices", text) for text in texts], labels.index(key)
+
+
+def _option(row: Row, column: str, text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(
+            f"{row.where}: `{column}`: expected an option's text, found {kind_of(text) if text else 'none'}. {FIX}"
+        )
+    _refuse_bad_unicode(row, column, text)
+    return text.strip()
 
 
 # ---------------------------------------------------------------- a file source
@@ -335,15 +414,20 @@ def _read_files(source: FileSource) -> list[tuple[Messages, str, dict[str, Any]]
         rest = None if source.limit is None else source.limit - len(first) - len(repeats)
         rows, prompt, answer = _recognised(path, rest)
         for row in rows:
-            messages = _with_system(prompt_messages(row, prompt), source.system)
-            gold = _answer(row, answer)
+            messages, order = prompt_messages(row, prompt), dict[str, Any]()
+            if answer in (ARC[1], GPQA[0]):
+                messages, gold, order = _with_options(row, messages, answer, source.options_seed)
+            else:
+                gold = _answer(row, answer)
+            messages = _asked(source, messages)
             key = prompt_id(messages)
             if key in first:
                 repeats.append((row, gold, *first[key], messages[-1]["content"]))
                 continue
             first[key] = (row, gold)
-            gone = {prompt, "messages"} | ({answer} if answer == "answer" else set())
-            out.append((messages, gold, {k: v for k, v in row.values.items() if k not in gone and v is not None}))
+            gone = {prompt, "messages", *GONE.get(answer, ())}
+            kept = {k: v for k, v in row.values.items() if k not in gone and v is not None}
+            out.append((messages, gold, {**kept, **order}))
     if repeats:
         raise _repeated(source.path, repeats)
     return out
@@ -377,7 +461,8 @@ def _has_field(kind: pa.DataType, name: str) -> bool:
 
 def _form(path: Path, columns: list[str], verl: bool) -> tuple[str, str]:
     prompt = next((c for c in PROMPT_COLUMNS if c in columns), None)
-    answer = "reward_model" if verl else next((c for c in ANSWER_COLUMNS if c in columns), None)
+    options = next((answer for answer, all_of in ((ARC[1], ARC), (GPQA[0], GPQA)) if {*all_of} <= {*columns}), None)
+    answer = "reward_model" if verl else options or next((c for c in ANSWER_COLUMNS if c in columns), None)
     if prompt and answer:
         return prompt, answer
     missing = " and ".join([*([] if prompt else ["no problem"]), *([] if answer else ["no answer"])])
@@ -444,8 +529,7 @@ def _read_gym(source: GymSource) -> list[tuple[Messages, str, dict[str, Any]]]:
     seen: set[str] = set()
     for item in reply["entries"]:
         entry = item["entry"]
-        user = {"role": "user", "content": entry["question"] + source.suffix}
-        messages = _with_system([user], source.system)
+        messages = _asked(source, [{"role": "user", "content": entry["question"] + source.suffix}])
         if (key := prompt_id(messages)) not in seen:
             seen.add(key)
             out.append((messages, entry["answer"], item))

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from pipeline.rows_digest import digest_parts
 from pipeline.store import MANIFEST, Partition, fsync_folder, part_version, partition, read_parts, sha256_file
@@ -39,7 +40,7 @@ VERSIONS = {
     "logprobs": 1,
     "train": 1,
     "eval_rollouts": 1,
-    "eval": 1,
+    "eval": 2,  # intervals are the bootstrap's
 }
 
 
@@ -57,6 +58,14 @@ class Spec:
     @property
     def fingerprint(self) -> str:
         return digest([self.stage, VERSIONS[self.stage], self.config, self.parents, self.seed])
+
+
+def settings(model: BaseModel, *, without: Iterable[str] = (), later: Iterable[str] = ()) -> dict[str, Any]:
+    """A recipe table as a Spec's config. `later`: keys that the recipe got after runs were made; they count where they are set, so
+    that those runs are not stale."""
+    fields = type(model).model_fields
+    unset = {k for k in later if k in fields and getattr(model, k) == fields[k].get_default(call_default_factory=True)}
+    return model.model_dump(mode="json", exclude={*without, *unset})
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ ANSWER = r"^[^>]*>([0-9]+)$"  # exactly one `>`, and nothing but the answer afte
 
 TERM_WEIGHTS: Mapping[int, float] = {2: 3.5, 3: 1, 4: 1.5, 5: 1.5, 6: 1.25, 7: 1.25}  # the train mix, by number of terms
 ONE_DIGIT = 0.2  # share of operands below ten
+SUITE = 1000  # problems in one of the large eval sets
 SLIP, RETRACT = 0.1, 0.35  # the noisy teacher, per step: never noticed, noticed and mended
 
 _TERM = re.compile(r"[+-]?[0-9]+")
@@ -115,6 +116,14 @@ def distinct(make: Callable[[random.Random], str], count: int, rng: random.Rando
             taken.add(problem)
             problems.append(problem)
     return problems
+
+
+def suite(kind: str, taken: set[str], count: int = SUITE) -> list[str]:
+    """An eval set of one kind (id, sub or shift), seeded, of problems that are new to `taken`, which grows by them.
+
+    data/make_tiny_suites.py passes what pretraining and data/tiny hold: what is drawn and known already is drawn again.
+    """
+    return distinct(PROBLEMS[kind], count, random.Random(f"suite/{kind}"), taken)
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------

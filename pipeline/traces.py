@@ -36,7 +36,7 @@ def write_fitting_traces(ctx: Context, con: "duckdb.DuckDBPyConnection", round: 
 
     Traces of a teacher that the recipe no longer names, or beyond its `samples`, stay on disk and out of the result.
     """
-    renderer = Renderer(ctx.recipe.policy.model)
+    renderer = Renderer(ctx.recipe.policy.model, ctx.recipe.policy.template)
     refuse_another_tokenizer(ctx, con, renderer, round)
     with pq.ParquetWriter(path, FITTING, compression="zstd") as writer:
         for rows in _tokenised(ctx, con, renderer, round):
@@ -49,18 +49,30 @@ def _tokenised(
     samples = {t.name: t.samples for t in ctx.recipe.teachers}
     for batch in stream(con, sql("verified_traces"), ROW_GROUP) if samples else ():
         rows = [r for r in batch.to_pylist() if r["sample"] < samples.get(r["teacher"], 0)]
+        if ctx.recipe.train.method.routing(round).rl:  # without rollouts a prompt has no grade, so no way into a shard
+            rows = [r for r in rows if r["prompt_tokens"] is not None]
         for r in rows:
             messages = r.pop("messages")
             if r["prompt_tokens"] is None:
-                r["prompt_tokens"] = renderer.prompt_tokens(messages)
+                r["prompt_tokens"] = _rendered(renderer, messages)
             else:
                 _same_prompt(ctx, renderer, round, r["prompt_id"], messages, r["prompt_tokens"])
+            if not r["prompt_tokens"]:
+                continue
             try:
                 r["tokens"] = renderer.trace_tokens(r["prompt_tokens"], r.pop("text"))
             except UserError as e:
                 raise UserError(f"trace {r['trace_id']} of teacher {r['teacher']}: {e}") from None
             r["n_tokens"] = len(r["prompt_tokens"]) + len(r["tokens"])
-        yield rows
+        yield [r for r in rows if r["prompt_tokens"]]
+
+
+def _rendered(renderer: Renderer, messages: list[dict[str, str]]) -> list[int]:
+    """The prompt's tokens; none of one that cannot be rendered, which `dypo generate` has told and counted."""
+    try:
+        return renderer.prompt_tokens(messages)
+    except UserError:
+        return []
 
 
 def refuse_another_tokenizer(ctx: Context, con: "duckdb.DuckDBPyConnection", renderer: Renderer, round: int) -> None:

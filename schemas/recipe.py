@@ -8,8 +8,9 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
+from schemas import templates
 from schemas.address import Address
 from schemas.errors import UserError
 from schemas.methods import ALL, AnyMethod, DypoMethod
@@ -20,22 +21,52 @@ from schemas.model import Model
 from schemas.scorers import ScorerConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+HUB = r"^[\w.-]+/[\w.-]+(/[^@\s]+)?(@[\w./-]+)?$"
 
 
 # ---------------------------------------------------------------- prompts
-class FileSource(Model):
-    """Problems from JSONL or Parquet: `prompt`+`answer`/`solution`, `messages`+`answer`, or verl's columns."""
+Template = Annotated[
+    str | None,
+    AfterValidator(lambda t: None if t is None else templates.checked(t, tuple(templates.PROMPTS))),
+    Field(description=f"what is asked: {' | '.join(templates.PROMPTS)}, or a text of yours with {{problem}} in it"),
+]
+
+
+class _Asked(Model):
+    """What all sources have: the messages that a problem becomes."""
+
+    system: str | None = Field(default=None, description="a system message put before each prompt that has none")
+    template: Template = None
+
+    @model_validator(mode="after")
+    def _one_system_message(self) -> "_Asked":
+        if self.system is not None and self.template is not None and templates.asked(self.template, "")[0] is not None:
+            raise ValueError(
+                f"template = '{self.template}' has a system message of its own, so `system` would have no place. Leave one of "
+                "them out, or give template = a text of yours with {problem} in it"
+            )
+        return self
+
+
+class FileSource(_Asked):
+    """Problems from JSONL, Parquet or CSV: `prompt`+`answer`/`solution`, `messages`+`answer`, verl's columns, or options (ARC, GPQA)."""
 
     type: Literal["file"]
     name: str = Field(pattern=NAME)
     path: Path
+    hub: str | None = Field(
+        default=None,
+        pattern=HUB,
+        description="OWNER/NAME/FILE of a data set on the Hugging Face hub, @REVISION if need be: `dypo ingest` fetches it to `path` "
+        "where there is nothing yet",
+    )
     verifier: str
     split: Literal["train", "eval"] = "train"
     eval_rows: int = Field(
         default=0, ge=0, description="of a train source: this many prompts go to eval, chosen by prompt_id"
     )
     limit: int | None = Field(default=None, ge=1)
-    system: str | None = Field(default=None, description="a system message put before each prompt that has none")
+    options_seed: int = Field(default=0, description="of the order in which a multiple-choice row's options are shown")
 
 
 class GymTask(Model):
@@ -46,7 +77,7 @@ class GymTask(Model):
     settings: dict[str, Any] = {}
 
 
-class GymSource(Model):
+class GymSource(_Asked):
     """Problems from reasoning-gym tasks, generated from a seed; the verifier is type `reasoning_gym`."""
 
     type: Literal["reasoning_gym"]
@@ -56,7 +87,6 @@ class GymSource(Model):
     verifier: str
     split: Literal["train", "eval"] = "train"
     eval_rows: int = Field(default=0, ge=0)
-    system: str | None = None
     suffix: str = Field(default="", description="text put after each question, for example how to give the answer")
 
 
@@ -188,6 +218,11 @@ class Policy(Model):
     """The base policy: a Hugging Face folder on disk."""
 
     model: Path
+    template: Annotated[str, AfterValidator(lambda t: templates.checked(t, templates.RENDERINGS))] = Field(
+        default="chat",
+        description="how messages become its text. chat: its own chat template; chat_think: that, and <think> is opened; "
+        "base_think: without chat template, <think> opened; or a text of yours with {problem} in it",
+    )
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1, description="of torch on a CPU; bitwise resume holds at the same number")
@@ -372,6 +407,10 @@ class Suite(Model):
     limit: int | None = Field(default=None, ge=1)
     n: int = Field(default=4, ge=1, description="samples a problem: avg@n")
     pass_k: list[Annotated[int, Field(ge=1)]] = [1]
+    maj: bool = Field(default=False, description="maj@n too: is the commonest answer right?")
+    temperature: float | None = Field(default=None, ge=0, description="default: that of [eval]")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="the same")
+    max_tokens: int | None = Field(default=None, ge=1, description="the same")
 
 
 class Eval(Model):
@@ -387,7 +426,7 @@ class Eval(Model):
 
 
 class Recipe(Model):
-    """A whole run."""
+    """A whole run. In a file, `include = ["suites/aime24.toml"]` lays the recipe over other files' tables first (docs/evaluation.md)."""
 
     name: str = Field(pattern=NAME)
     run: Path
@@ -448,6 +487,13 @@ class Recipe(Model):
             for name in suite.sources:
                 if name not in {s.name for s in self.sources}:
                     raise ValueError(f"eval.suites.{suite.name}: no source is named '{name}'")
+            judges = {s.verifier: self.score.verifiers[s.verifier].type for s in self.sources if s.name in suite.sources}
+            for name, kind in judges.items() if suite.maj else ():
+                if kind in ("user", "judge"):
+                    raise ValueError(
+                        f"eval.suites.{suite.name}: maj counts equal answers, and verifier '{name}' (type '{kind}') extracts none. "
+                        "Leave maj out, or name a verifier of type math, exact, choice or reasoning_gym"
+                    )
             if max(suite.pass_k, default=1) > suite.n:
                 raise ValueError(f"eval.suites.{suite.name}: pass@{max(suite.pass_k)} needs n >= that, found n = {suite.n}")
         return self

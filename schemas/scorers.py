@@ -19,13 +19,19 @@ class _Scorer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class MathScorer(_Scorer):
+class _TextScorer(_Scorer):
+    think: Literal["required", "optional"] | None = None
+    """What of a reasoning model's text is judged: after its last `</think>` (required: without one it is unparseable; optional: then
+    the whole text). Without this key: the whole text."""
+
+
+class MathScorer(_TextScorer):
     """Mathematical equality (math-verify) of the text's final answer and the gold one."""
 
     type: Literal["math"] = "math"
 
 
-class ExactScorer(_Scorer):
+class ExactScorer(_TextScorer):
     """Equality of strings, after stripping white space at both ends."""
 
     type: Literal["exact"] = "exact"
@@ -45,13 +51,13 @@ class ExactScorer(_Scorer):
         return pattern
 
 
-class ChoiceScorer(_Scorer):
+class ChoiceScorer(_TextScorer):
     """The letter of a multiple-choice question; a gold digit 1-9 stands for A-I."""
 
     type: Literal["choice"] = "choice"
 
 
-class GymScorer(_Scorer):
+class GymScorer(_TextScorer):
     """A reasoning-gym task's own score; correct only at exactly 1.0, since lower scores are partial credit."""
 
     type: Literal["reasoning_gym"] = "reasoning_gym"

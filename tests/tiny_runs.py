@@ -90,6 +90,7 @@ def write_recipe(folder: Path, text: str = RECIPE, **changes: str) -> Path:
     return path
 
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # of this process too: the fork server reads it once, when it imports transformers
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(["pipeline.flow", "trainer.api", "transformers.models.llama.modeling_llama"])
 
@@ -100,7 +101,7 @@ def dypo(
     """Runs the real command in a process of its own, with no terminal and no way to a hub."""
     words = list(map(str, args))
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        environ = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        environ = {**os.environ, **(env or {})}
         process = forks.Process(target=_command, args=(words, environ, out.name, err.name))
         process.start()
         process.join(timeout)

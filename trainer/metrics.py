@@ -30,7 +30,7 @@ def step_metrics(
     out: dict[str, float | np.floating] = {}
     out |= _denominators(every) | _routes(every, graded) | _losses(every)
     for name, observed in seen.items():
-        suffix = "" if name == "main" else f"_{name}"
+        suffix = f"_{name}" if name != "main" and method.queues is not None else ""  # two updates in a step
         out[f"grad_norm{suffix}"] = observed.grad_norm
         out[f"lr{suffix}"] = observed.rate
         out |= observed.more
@@ -43,7 +43,8 @@ def step_metrics(
         out["queue/hard_waiting"] = step.cursor.hard_waiting
         out["queue/mid_waiting"] = step.cursor.mid_waiting
         out["queue/mid_dropped"] = len(step.dropped)
-    tokens = sum(o.prompt_tokens + o.counts.sft_tokens + o.counts.rl_tokens for o in every)
+    unrun = sum(len(row.tokens) for o in every for row in o.silent_rows)
+    tokens = sum(o.prompt_tokens + o.counts.sft_tokens + o.counts.rl_tokens for o in every) - unrun
     out["tokens_per_s"] = tokens / max(seconds, 1e-9)
     return {name: float(value) for name, value in out.items()}
 
@@ -84,7 +85,7 @@ def _losses(every: Sequence[Observed]) -> dict[str, float]:
     out = {}
     if every:
         out["loss/total"] = sum(o.total for o in every)
-    if any(o.counts.hard for o in every):
+    if any(o.mixture.sft > 0 for o in every):
         out["loss/sft"] = sum(o.sft for o in every)
     if any(o.counts.mid for o in every):
         out["loss/grpo"] = sum(o.grpo for o in every)
@@ -99,7 +100,7 @@ class RowNumbers:
 
     log_ratio: float
     kl: float
-    clip_fraction: float
+    clip_fraction: float | None
 
 
 def by_row(seen: Observed, loss: Loss) -> list[RowNumbers]:
@@ -107,8 +108,12 @@ def by_row(seen: Observed, loss: Loss) -> list[RowNumbers]:
     out = []
     for row, log_ratio_T in zip(seen.rl_rows, seen.log_ratios, strict=True):
         by_sequence = loss.grpo.ratio == "sequence"
-        clipped = _clipped(log_ratio_T.mean(keepdims=True) if by_sequence else log_ratio_T, row.advantage, loss.grpo)
-        out.append(RowNumbers(float(log_ratio_T.mean()), float(_k3(log_ratio_T).mean()), float(clipped.mean())))
+        advantage = np.array(row.advantage)
+        if loss.rollout_term == "distill":
+            advantage = _f64(row.teacher_logps) - _f64(row.old_logps)
+        clipped = _clipped(log_ratio_T.mean(keepdims=True) if by_sequence else log_ratio_T, advantage, loss.grpo)
+        fraction = float(clipped.mean()) if _clips(loss) else None
+        out.append(RowNumbers(float(log_ratio_T.mean()), float(_k3(log_ratio_T).mean()), fraction))
     return out
 
 
@@ -118,16 +123,19 @@ def sampler_gaps(seen: Observed) -> list[np.ndarray]:
     return [log_ratio_T + _f64(row.old_logps) - _f64(row.sampler_logps) for row, log_ratio_T in rows]
 
 
-def _clipped(log_ratio: np.ndarray, advantage: float, grpo: GRPO) -> np.ndarray:
-    """Where clipping is in force. cispo: where the weight is a bound, whatever the advantage."""
+def _clips(loss: Loss) -> bool:
+    """Whether the rollouts' term has a clip at all."""
+    return loss.grpo.surrogate != "unclipped" and loss.rollout_term != "self"
+
+
+def _clipped(log_ratio: np.ndarray, advantage: np.ndarray, grpo: GRPO) -> np.ndarray:
+    """Where clipping is in force, by the sign of the advantage. cispo: where the weight is a bound, whatever the advantage."""
     ratio = np.exp(np.clip(log_ratio, -20, 20))
     above, below = ratio > 1 + grpo.clip_high, ratio < 1 - grpo.clip_low
     if grpo.surrogate == "cispo":
         return above | below
-    if advantage > 0:
-        return above
     far = ratio > (grpo.dual_clip or np.inf)
-    return (below | far) & (advantage < 0)
+    return (above & (advantage > 0)) | ((below | far) & (advantage < 0))
 
 
 def _k3(log_ratio: np.ndarray) -> np.ndarray:
@@ -159,11 +167,12 @@ def _policy(seen: Observed, loss: Loss) -> dict[str, float | np.floating]:
     clip_weights = None if loss.grpo.ratio == "sequence" else lengths
     out: dict[str, float | np.floating] = {
         "entropy": np.concatenate(seen.entropies).mean(),
-        "clip_fraction": np.average([n.clip_fraction for n in numbers], weights=clip_weights),
         "ess": effective_sample_size(log_ratio_N),
         "ess_sequence": effective_sample_size(np.array([x.sum() for x in seen.log_ratios])),
         "kl": _k3(log_ratio_N).mean(),
     }
+    if _clips(loss):
+        out["clip_fraction"] = np.average([n.clip_fraction for n in numbers], weights=clip_weights)
     if loss.needs_reference:
         gaps = [_f64(r.ref_logps) - _f64(r.old_logps) - x for r, x in zip(rows, seen.log_ratios, strict=True)]
         out["kl_ref"] = _k3(np.concatenate(gaps)).mean()

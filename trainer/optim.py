@@ -52,7 +52,7 @@ def update_rate(train: Train, optimizer: str, *, round: int, index: int, rounds:
         settings = settings.model_copy(update={"warmup_steps": int(stage.warmup * total)})
     step = (round - stage.first) * train.steps + index
     base = train.method.rates[optimizer]
-    return learning_rate(settings, base, step=step, total=total, taken=None if stage.first else taken)
+    return learning_rate(settings, base, step=step, total=total, taken=max(0, taken - stage.first * train.steps))
 
 
 def learning_rate(settings: Optimizer, base: float, *, step: int, total: int, taken: int | None = None) -> float:

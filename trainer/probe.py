@@ -128,7 +128,9 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
         "sketch": None if sketch.exact else sketch.width,
         "gated": {route: gated[route] for route in ("rl", "sft")},
         "prompts": {route: sum(v.route == route for v in visits) for route in ("rl", "sft")},
-        **_results({name: np.array(rows) for name, rows in sketches.items() if rows}, halves, method, job.seed),
+        **_results(
+            {name: np.array(rows) for name, rows in sketches.items() if rows}, halves, method, job.seed, _shared(visits)
+        ),
     }
 
 
@@ -227,6 +229,11 @@ def _splits(unit: Unit, job: VarianceJob) -> list[tuple[list[int], list[int]]]:
     return random_splits([row.correct for row in unit], SPLITS, seed)
 
 
+def _shared(visits: Sequence[Visit]) -> bool:
+    """Whether some prompt is visited by both routes."""
+    return bool({v.prompt_id for v in visits if v.route == "rl"} & {v.prompt_id for v in visits if v.route == "sft"})
+
+
 def _half(unit: Unit, at: Sequence[int], loss: Loss) -> Part:
     """Some rows of a group as a group of their own, with its own advantages."""
     rewards = torch.tensor([unit[i].reward for i in at], dtype=torch.float64)
@@ -249,7 +256,7 @@ def _add_halves(halves: Halves, found: Sequence[dict[str, Array]], correct: Sequ
 
 
 # ---------------------------------------------------------------- results
-def _results(sketches: dict[str, Array], halves: Halves, method: Method, seed: int) -> dict[str, Any]:
+def _results(sketches: dict[str, Array], halves: Halves, method: Method, seed: int, shared: bool) -> dict[str, Any]:
     """Components, pairs of them, Eq. 19, and the same within prompts."""
     mixed = mixture(
         method.weights(0), method.loss, Counts(prompts=1, hard=0, mid=1, rows=1, sft_tokens=0, rl_tokens=1, pairs=1)
@@ -263,7 +270,8 @@ def _results(sketches: dict[str, Array], halves: Halves, method: Method, seed: i
     of = moments(mid, weights["grpo"]) if mid else Moments({}, {})
     if "sft" in sketches:
         alone = moments({"sft": sketches["sft"]}, weights["sft"])
-        cross = {(n, "sft"): cross_product(s @ sketches["sft"].T, weights[n], weights["sft"]) for n, s in mid.items()}
+        apart = {} if shared else mid  # of prompts with both a group and a trace the two are no independent samples
+        cross = {(n, "sft"): cross_product(s @ sketches["sft"].T, weights[n], weights["sft"]) for n, s in apart.items()}
         of = Moments({**of.noise, **alone.noise}, {**of.signal, **alone.signal, **cross})
     for name, rows in sketches.items():
         numbers = _numbers(of, name) | {"direction_variance": interval(direction_variance(rows @ rows.T, weights[name]))}

@@ -198,7 +198,8 @@ def _update(
 
 def _easy_scale(job: TrainJob) -> float:
     """normalise = all: n counts the Easy prompts that a draw over all graded prompts would have held."""
-    if job.train.method.loss.normalise != "all":
+    routing = job.train.method.routing(job.round)
+    if job.train.method.loss.normalise != "all" or "easy" in (*routing.rl, *routing.sft):
         return 1.0
     gated = len(job.shards["prompt_id"].unique())
     return gated / (gated + job.graded.get("easy", 0))

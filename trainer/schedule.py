@@ -10,7 +10,8 @@ nothing has to be remembered between steps: whoever resumes computes the plan ag
     queues   Visits enter two FIFO queues (ALGORITHMS 7.2, 7.3 rows 10, 12, 13). queues.sft Hard visits waiting: one SFT
              update of exactly so many, at most one a step and before the RL update. queues.groups Mid visits waiting:
              one RL update of all of them. A Mid visit may wait one step; when it would be trained two or more steps
-             after its draw it is dropped. Queues begin empty in each round, since their rows belong to the round.
+             after its draw it is dropped. Queues begin empty in each round, since their rows belong to the round; with
+             queues.flush the round's last step takes up to queues.sft of the Hard visits that still wait.
 
 Left out: batches, tensors, and any look at how training goes.
 """
@@ -105,7 +106,7 @@ def plan_round(shards: pa.Table, train: Train, *, seed: int, round: int) -> list
             hard.extend(v for v in visits if v.route == "sft")
             mid.extend(v for v in visits if v.route == "rl")
             dropped = [mid.popleft() for _ in range(sum(index - v.drawn > MAX_WAIT for v in mid))]
-            updates = list(_pops(hard, mid, queues))
+            updates = list(_pops(hard, mid, queues, last=index == train.steps - 1))
         trained = [v.route for u in updates for v in u.visits]
         cursor = Cursor(
             epoch=drawn[-1][0],
@@ -162,9 +163,9 @@ def _visits(prompt_id: str, prompt: _Prompt, step: int, *, seed: int, round: int
         yield Visit(prompt_id, "rl", None, tuple(("rl", item) for _, item in prompt.group), step)
 
 
-def _pops(hard: deque[Visit], mid: deque[Visit], queues: Queues) -> Iterator[Update]:
-    if len(hard) >= queues.sft:
-        visits = tuple(hard.popleft() for _ in range(queues.sft))
+def _pops(hard: deque[Visit], mid: deque[Visit], queues: Queues, *, last: bool) -> Iterator[Update]:
+    if len(hard) >= queues.sft or (last and queues.flush and hard):
+        visits = tuple(hard.popleft() for _ in range(min(queues.sft, len(hard))))
         yield Update("sft", visits, len(visits))
     if len(mid) >= queues.groups:
         visits = tuple(mid)

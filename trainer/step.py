@@ -102,9 +102,8 @@ def accumulate(
     With a team of several processes the `.grad`s hold the sum over its ranks, and what is returned is this rank's part.
     """
     seen = Observed(counts, mix)
-    if team.leads:
-        seen.silent_rows = [row for unit in units if unit[0].route == "rl" and silent(unit, loss) for row in unit]
-    units = [unit for unit in units if not silent(unit, loss)]
+    units, unrun = _to_run(units, loss)
+    seen.silent_rows = [row for unit in unrun for row in unit if row.route == "rl"] if team.leads else []
     sizes = unit_sizes(units, share=model.packed)
     plan = plan_micro_batches(sizes, micro_batch_tokens, team.world)
     for at, by_rank in enumerate(plan):
@@ -115,6 +114,15 @@ def accumulate(
         batch = micro_batch(mine, counts, loss, str(model.device)) if mine else None
         _micro_step(model, batch, pieces[team.rank], passes, seen, loss, team, last)
     return seen
+
+
+def _to_run(units: Sequence[Unit], loss: Loss) -> tuple[list[Unit], list[Unit]]:
+    """The units with a gradient, and the others. Where no group has one, one runs all the same: the behaviour check needs its rows."""
+    loud = [not silent(unit, loss) for unit in units]
+    groups = [at for at, unit in enumerate(units) if unit[0].route == "rl"]
+    if groups and not any(loud[at] for at in groups):
+        loud[groups[0]] = True
+    return [u for u, run in zip(units, loud, strict=True) if run], [u for u, run in zip(units, loud, strict=True) if not run]
 
 
 def _pieces(units: Sequence[Unit], sizes: list[int], chosen: list[int], budget: int, share: bool) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ warm_math.py   what they hold before they fork
 """
 
 from pipeline.scorers.base import Item, Verdict
-from pipeline.scorers.dispatch import check_gold, score_item, version
+from pipeline.scorers.dispatch import check_gold, score_item, version, vote
 from pipeline.scorers.pool import VerdictPool
 
-__all__ = ["Item", "Verdict", "VerdictPool", "check_gold", "score_item", "version"]
+__all__ = ["Item", "Verdict", "VerdictPool", "check_gold", "score_item", "version", "vote"]

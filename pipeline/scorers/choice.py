@@ -54,7 +54,7 @@ def score(text: str, answer: str) -> Verdict:
         for pattern in _PATTERNS[use_digits]:
             if matches := list(pattern.finditer(tail)):
                 found = next(group for group in matches[-1].groups() if group is not None)
-                return judged(_letter(found) == gold, found)
+                return judged(letter(found) == gold, found)
     return unparseable("the text names no choice")
 
 
@@ -70,8 +70,9 @@ def _gold(answer: str) -> str | None:
     bare = _bare(answer)
     if len(bare) != 1 or not (bare.isascii() and bare.isalnum()) or bare == "0":
         return None
-    return _letter(bare)
+    return letter(bare)
 
 
-def _letter(choice: str) -> str:
+def letter(choice: str) -> str:
+    """A choice as its upper-case letter; 1 is A."""
     return chr(ord("A") + int(choice) - 1) if choice.isdigit() else choice.upper()

@@ -1,11 +1,12 @@
 """From a verifier's configuration to its scorer: one place that knows all of them."""
 
 import time
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any, assert_never
 
 from pipeline.scorers import choice, exact, gym, judge, math_answer, user
-from pipeline.scorers.base import Item, Verdict, error
+from pipeline.scorers.base import Item, Verdict, error, unparseable
 from schemas.scorers import (
     ChoiceScorer,
     ExactScorer,
@@ -15,6 +16,8 @@ from schemas.scorers import (
     ScorerConfig,
     UserScorer,
 )
+
+END_OF_THOUGHT = "</think>"
 
 
 def version(config: ScorerConfig) -> int:
@@ -66,16 +69,46 @@ def score_item(config: ScorerConfig, item: Item) -> Verdict:
     return replace(verdict, elapsed_ms=(time.perf_counter() - started) * 1000)
 
 
+def vote(config: ScorerConfig, extracted: str | None, correct: bool) -> Hashable:
+    """What a sample votes for in maj@n: equal values are equal answers; None if it has none.
+
+    Right answers of a verifier with one gold answer are equal to it, however they are written.
+    """
+    match config:
+        case _ if extracted is None:
+            return None
+        case MathScorer() | ExactScorer() | ChoiceScorer() if correct:
+            return True
+        case MathScorer():
+            return math_answer.same(extracted)
+        case ChoiceScorer():
+            return choice.letter(extracted)
+        case _:
+            return extracted.strip()
+
+
+def judged_text(config: ScorerConfig, text: str) -> str | None:
+    """The part of a text that is judged: all of it, or what follows its reasoning; None if that has no end and must have one."""
+    think = getattr(config, "think", None)
+    _, end, rest = text.rpartition(END_OF_THOUGHT)
+    if think is None or (think == "optional" and not end):
+        return text
+    return rest if end else None
+
+
 def _score(config: ScorerConfig, item: Item) -> Verdict:
+    text = judged_text(config, item.text)
+    if text is None:
+        return unparseable(f"no {END_OF_THOUGHT} in the text, and the verifier has think = 'required'")
     match config:
         case MathScorer():
-            return math_answer.score(item.text, item.answer)
+            return math_answer.score(text, item.answer)
         case ExactScorer():
-            return exact.score(item.text, item.answer, extract=config.extract)
+            return exact.score(text, item.answer, extract=config.extract)
         case ChoiceScorer():
-            return choice.score(item.text, item.answer)
+            return choice.score(text, item.answer)
         case GymScorer():
-            return gym.score(item.text, item.metadata)
+            return gym.score(text, item.metadata)
         case UserScorer():
             return user.score(item, config)
         case JudgeScorer():

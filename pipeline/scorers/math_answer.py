@@ -18,7 +18,8 @@ from pipeline.scorers.plain_math import Plain
 
 # 2: spaces between digits, several boxes and a box that says nothing are math-verify's to read
 # 3: nor are a line break and an fbox ours; 4: nor is a number set as text or in bold
-VERSION = 4
+# 5: a gold answer of 6e14 is a number, which math-verify reads as a product of letters
+VERSION = 5
 TAIL_CHARS = 20_000  # the answer stands at the end; math-verify's patterns slow down on long texts
 GOLD_CHARS = 5_000
 
@@ -33,18 +34,24 @@ def bad_gold(answer: str) -> str | None:
     return None
 
 
+def same(extracted: str) -> Plain | str:
+    """What an extracted answer says, so that equal ones compare equal: its exact value if it is plain, else its normalised text."""
+    plain = _plain(extracted)
+    return plain_math.normalised(extracted) if plain is None else plain
+
+
 def score(text: str, answer: str) -> Verdict:
     if reason := bad_gold(answer):
         return gold_bad(reason)
-    tail = text[-TAIL_CHARS:]
+    gold, tail = _powers_of_ten(answer), text[-TAIL_CHARS:]
     box = last_boxed(tail)
     if box is not None and _box_stands_alone(tail, box):
         content = box[2].strip().removesuffix(".")  # math-verify cannot parse \boxed{12.}
         if (quick := _quick(content, answer)) is not None:
             return quick
         if (found := _read_box(content)).says_something:
-            return _compared(found, answer)
-    return _compared(math_reading.read(tail), answer)
+            return _compared(found, gold)
+    return _compared(math_reading.read(tail), gold)
 
 
 @lru_cache(maxsize=8192)
@@ -123,6 +130,15 @@ def _box_stands_alone(tail: str, box: tuple[int, int, str]) -> bool:
 
 
 _MATH = ("$", "\\(", "\\[", "\\boxed")
+
+
+_E_NOTATION = re.compile(r"([+-]?\d+(?:\.\d*)?)[eE]([+-]?\d{1,3})")
+
+
+def _powers_of_ten(answer: str) -> str:
+    """A gold answer of 6e14 as 6 \\times 10^{14}; any other as it is."""
+    match = _E_NOTATION.fullmatch(answer.strip())
+    return f"{match[1]} \\times 10^{{{int(match[2])}}}" if match else answer
 
 
 def _unwrapped(answer: str) -> str:

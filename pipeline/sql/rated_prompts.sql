@@ -3,5 +3,5 @@
 -- reads: grades. parameters: $round.
 select prompt_id, source_round
 from grades
-where round = $round and traces > 0 and reason not in ('unjudged', 'incomplete_group', 'stale')
+where round = $round and traces > 0 and reason not in ('unjudged', 'incomplete_group', 'stale', 'too_long')
 order by prompt_id

@@ -9,7 +9,7 @@
 -- Weights are gates (0 or 1): alpha, gamma and denominators are the trainer's, so changing those does not re-route.
 with gates as (
     select
-        prompt_id, round, source_round, policy,
+        prompt_id, round, source_round, policy, reason,
         -- decimals: a rate of 0.2 is 2 of 10, to the count
         successes between cast($min_pass_rate as decimal(9, 6)) * k and cast($max_pass_rate as decimal(9, 6)) * k as passes,
         case reason when 'rl' then 'mid' when 'sft' then 'hard' when 'easy' then 'easy' else grade end as gate
@@ -19,7 +19,10 @@ with gates as (
 gated as (
     select g.round, g.source_round, g.policy, v.*
     from verdicts as v
-    inner join (select * from gates where passes and list_contains($rl, gate)) as g on g.prompt_id = v.prompt_id
+    inner join (
+        select * from gates
+        where passes and list_contains($rl, gate) and not (gate = 'mid' and reason = 'too_long')
+    ) as g on g.prompt_id = v.prompt_id
 ),
 -- a truncated or unreadable answer has no reward of its own: the group's lowest, never more than a wrong one
 lowest as (

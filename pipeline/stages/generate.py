@@ -147,10 +147,12 @@ def _drawn(ctx: Context, round: int, ids: list[str]) -> list[str]:
 
 
 def sampling_config(ctx: Context, policy: str, sampling: Sampling) -> dict[str, Any]:
-    """The part of a policy engine's settings that its rows depend on. Stored log-probs are named where they are not as sampled."""
-    r = ctx.recipe.rollouts
+    """The part of a policy engine's settings that its rows depend on. Stored log-probs are named where they are not as sampled,
+    the template where it is not the policy's own."""
+    r, template = ctx.recipe.rollouts, ctx.recipe.policy.template
     config = {"policy": policy, "dtype": ctx.recipe.policy.dtype, "engine": r.engine.type, **vars(sampling)}
     config |= {} if r.engine.type == "hf" else {"seeded": r.engine.seeded}
+    config |= {} if template == "chat" else {"template": template}
     return config | ({} if r.logprobs == "float32" else {"logprobs": r.logprobs})
 
 
@@ -166,7 +168,12 @@ def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: R
     r = ctx.recipe.rollouts
     rows = round_prompts(ctx, round)
     if rows and not ctx.recipe.train.method.routing(round).rl:  # nobody would read them
-        return [_nothing_to_draw(rollout_spec(ctx, round), regenerate)]
+        from pipeline.policy import Renderer
+
+        folder, _ = ctx.policy_of(round)
+        renderer = Renderer(folder, ctx.recipe.policy.template)
+        _, refused = _readable(folder, renderer, asks(rows, 1, (ctx.recipe.seed, round)), r.max_failed)
+        return [_nothing_to_draw(rollout_spec(ctx, round), regenerate, refused)]
     samples, outcomes = not_skipped(ctx, round, [row["prompt_id"] for row in rows])
     drawn = [row for row in rows if row["prompt_id"] in samples]
     it = rollout_spec(ctx, round)
@@ -182,13 +189,14 @@ def rollouts(ctx: Context, round: int, *, regenerate: bool = False, reference: R
     return [*outcomes, made]
 
 
-def _nothing_to_draw(it: Spec, regenerate: bool) -> Outcome:
+def _nothing_to_draw(it: Spec, regenerate: bool, refused: Sequence[Failure] = ()) -> Outcome:
     """The partition of a round that draws nothing, since stored rollouts stand for its prompts or its method reads none."""
     if current(it):
         return nothing(it)
     begin(it, regenerate=regenerate)
     it.partition.folder.mkdir(parents=True, exist_ok=True)
-    return finish(it)
+    record(it, refused)
+    return finish(it, failed=len(refused))
 
 
 def sample_policy(
@@ -207,7 +215,8 @@ def sample_policy(
     from pipeline.policy import Renderer
 
     folder, policy_id = policy
-    renderer = Renderer(folder)
+    template = ctx.recipe.policy.template
+    renderer = Renderer(folder, template)
     engine_config = ctx.recipe.rollouts.engine
     work, refused = _readable(folder, renderer, work, max_failed)
     by_id = {a.prompt_id: a for a in work}
@@ -233,6 +242,7 @@ def sample_policy(
         ask = by_id[s.prompt_id]
         seed = ask.seed if seeded else None
         made_by = (s.prompt_id, policy_id, s.sample, seed, vars(sampling), engine_config.type, keys)
+        made_by += () if template == "chat" else (template,)
         return {
             "rollout_id": row_id(*made_by), "prompt_id": s.prompt_id, "sample": s.sample, "policy": policy_id,
             "text": s.text, "prompt_tokens": ask.prompt_tokens, "tokens": s.tokens,

@@ -73,7 +73,7 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
     }
     if config["rated"] and (rated := ctx.part("ratings", round=round).manifest()) is not None:
         parents[f"ratings/round={round}"] = rated.identity
-    if (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
+    if config["graded"] and (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
         config["curriculum"] = digest(weights)
         if "earlier_grades" in weights:
             earlier = {n: ctx.part("grades", round=n).manifest() for n in range(round)}

@@ -12,15 +12,20 @@ import pyarrow as pa
 
 from pipeline.contamination import contamination
 from pipeline.context import Context
+from pipeline.hub import fetch
 from pipeline.scorers import check_gold
 from pipeline.sources import content_id, merged_rows, read_source, split_prompts
-from pipeline.stage import Outcome, Spec, begin, counts, current, make_table, nothing, restore
+from pipeline.stage import Outcome, Spec, begin, counts, current, make_table, nothing, restore, settings
 from schemas.errors import UserError
+from schemas.recipe import FileSource
 
 
 def spec(ctx: Context) -> Spec:
     """Depends on the sources' contents and settings, not on where they lie."""
-    config = {s.name: {**s.model_dump(mode="json", exclude={"path"}), "content": content_id(s)} for s in ctx.recipe.sources}
+    config = {
+        s.name: {**settings(s, without=("path", "hub"), later=("template", "options_seed")), "content": content_id(s)}
+        for s in ctx.recipe.sources
+    }
     if (decontaminate := ctx.recipe.decontaminate) is not None:
         config["[decontaminate]"] = decontaminate.model_dump(mode="json")
     return Spec("ingest", ctx.part("prompts"), config, {}, ctx.recipe.seed)
@@ -28,6 +33,9 @@ def spec(ctx: Context) -> Spec:
 
 def run(ctx: Context) -> Outcome:
     started = time.monotonic()
+    for source in ctx.recipe.sources:
+        if isinstance(source, FileSource):
+            fetch(source)
     it = spec(ctx)
     shares = replace(it, partition=ctx.part("contamination"))
     restore(it)

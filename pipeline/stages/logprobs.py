@@ -41,14 +41,14 @@ def policies(ctx: Context, round: int, role: Role) -> dict[int, tuple[Path, str]
     rounds = sorted(set(read_parts(parts, "shards", ["source_round"]).column("source_round").to_pylist())) or [round]
     if role == "old":
         return {n: ctx.policy_of(n) for n in rounds}
-    return dict.fromkeys(rounds, _teacher(ctx) if role == "teacher" else (ctx.recipe.policy.model, ctx.base_policy))
+    return dict.fromkeys(rounds, distilled(ctx) if role == "teacher" else (ctx.recipe.policy.model, ctx.base_policy))
 
 
-def _teacher(ctx: Context) -> tuple[Path, str]:
+def distilled(ctx: Context) -> tuple[Path, str]:
     """Folder and content id of the policy that is distilled. UserError if its tokens are not the policy's."""
     method = ctx.recipe.train.method
     assert isinstance(method, OPDMethod)
-    check_folder(method.teacher)
+    check_folder(method.teacher, "train.method.teacher")
     mine, theirs = (vocabulary(folder) for folder in (ctx.recipe.policy.model, method.teacher))
     if mine != theirs:
         raise UserError(

@@ -19,7 +19,20 @@ from pipeline.scorers import Item, Verdict, VerdictPool, judge, recorded
 from pipeline.scorers import version as scorer_version
 from pipeline.scorers.pool import decided_unread
 from pipeline.scorers.user import source_hash
-from pipeline.stage import Outcome, Spec, begin, counts, current, describe_part, finish, need, nothing, parts_of, set_aside
+from pipeline.stage import (
+    Outcome,
+    Spec,
+    begin,
+    counts,
+    current,
+    describe_part,
+    finish,
+    need,
+    nothing,
+    parts_of,
+    set_aside,
+    settings,
+)
 from pipeline.store import MERGED, Partition, as_declared, publish, read_parts, write_part
 from schemas.errors import UserError, WorkError
 from schemas.ids import text_sha
@@ -39,7 +52,7 @@ def spec(ctx: Context, kind: str, source: Partition) -> Spec:
     if manifest is None or prompts is None:
         raise UserError(f"{source.folder}: not there or not finished; nothing to score")
     verifiers = {
-        name: {**v.model_dump(mode="json", exclude=RUNNING), "version": scorer_version(v), **_code(v)}
+        name: {**settings(v, without=RUNNING, later=("think",)), "version": scorer_version(v), **_code(v)}
         for name, v in sorted(ctx.recipe.score.verifiers.items())
     }
     part, limits = ctx.part("scores", kind=kind, **dict(source.keys)), ctx.recipe.score

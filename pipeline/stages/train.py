@@ -71,8 +71,11 @@ class Trainer(LogProbs, Protocol):
 
 def spec(ctx: Context, round: int) -> Spec:
     """Depends on the shards' rows, the starting policy, and every number that the gradient or the schedule sees."""
-    running: dict[str, Any] = dict.fromkeys(HOW, True) | {"method": {"query"}}
-    train = ctx.recipe.train.model_dump(mode="json", exclude=running)
+    method, o = ctx.recipe.train.method, ctx.recipe.train.optimizer
+    stage = method.stage(round, ctx.recipe.rounds)
+    replaced = {"decay": stage.decay, "warmup_steps": stage.warmup}  # by the stage's own
+    unread = {"method": set(method.unused(round)), "optimizer": {key for key, own in replaced.items() if own is not None}}
+    train = ctx.recipe.train.model_dump(mode="json", exclude=dict.fromkeys(HOW, True) | unread)
     _, start = ctx.policy_of(round)
     parents = {}
     for route in ("rl", "sft"):
@@ -82,8 +85,8 @@ def spec(ctx: Context, round: int) -> Spec:
             raise UserError(f"{part.folder}: not there or not finished. Run `dypo grade {ctx.run} --round {round}` first")
         parents[part.label] = manifest.identity
     config = {"train": train, "start": start, "base": ctx.base_policy, "dtype": ctx.recipe.policy.dtype}
-    if ctx.recipe.train.optimizer.decay != "constant":
-        config["rounds"] = ctx.recipe.rounds  # how far the decay goes; otherwise rounds can be added to a finished run
+    if (stage.decay or o.decay) != "constant":
+        config["rounds"] = stage.rounds  # how far the decay goes; otherwise rounds can be added to a finished run
     return Spec("train", ctx.part("checkpoints", round=round), config, parents, ctx.recipe.seed, expensive=True)
 
 

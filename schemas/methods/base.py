@@ -82,10 +82,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Queues:
-    """Two queues, two optimizers: an SFT update takes `sft` traces, an RL update at least `groups` groups (schedule.py)."""
+    """Two queues, two optimizers: an SFT update takes `sft` traces, an RL update at least `groups` groups (schedule.py).
+
+    flush: the last step of a round takes the traces that still wait, however few.
+    """
 
     sft: int
     groups: int
+    flush: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,18 @@ class Method(Model):
     @model_validator(mode="before")
     @classmethod
     def _on_what_was_published(cls, values: Any) -> Any:
-        return merge(cls.published(values), values) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        published = dict(cls.published(values))
+        given = values.get("grpo")
+        if isinstance(given, dict) and "grpo" in published:  # TOML cannot take a key away, so another choice does
+            other = {
+                key for key in ("aggregation", "surrogate") if key in given and given[key] != published["grpo"].get(key)
+            }
+            gone = {"horizon"} if "aggregation" in other else set()
+            gone |= {"clip_low", "clip_high"} if "surrogate" in other else set()
+            published["grpo"] = {key: value for key, value in published["grpo"].items() if key not in gone}
+        return merge(published, values)
 
     @classmethod
     def published(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +156,10 @@ class Method(Model):
     def rates(self) -> dict[str, float]:
         """The learning rate of each optimizer that it has: main, sft."""
         return {"main": self.lr}
+
+    def unused(self, round: int) -> frozenset[str]:
+        """Its keys that a round's training does not read, so that changing one does not make that round another."""
+        return frozenset({"query"})
 
     def stage(self, round: int, rounds: int) -> Stage:
         """The stage that a round of a run of so many belongs to: the whole run, if a method has one."""

@@ -3,7 +3,7 @@
     L = (1 / N) sum_i sum_t -min(r A_t, clip(r) A_t)        A_t = sg(log p_teacher - log p_sampler),  r = exp(l_t - old_t)
 
 Needs: rollouts, and a teacher with the policy's own tokenizer on disk, whose log-probs of every rollout are stored as rows of
-role teacher; no verifier and no traces. Routing: every whole group. Advantage: of each token, frozen when it was sampled.
+role teacher; no traces. The verdicts grade and evaluate; the loss reads none. Routing: every whole group. Advantage: of each token, frozen when it was sampled.
 Published: lr 5e-6, token-mean. From secondary notes (ALGORITHMS section 9).
 """
 

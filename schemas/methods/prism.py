@@ -67,6 +67,11 @@ class PRISMMethod(Method):
     def rates(self) -> dict[str, float]:
         return {"main": self.lr, "sft": self.sft_lr}
 
+    def unused(self, round: int) -> frozenset[str]:
+        routed = {"discriminator", "min_pass_rate", "max_pass_rate"}  # in the shards already
+        other = {"lr", "grpo", "align_rounds"} if round < self.sft_rounds else {"sft_lr", "sft_decay", "sft_warmup"}
+        return super().unused(round) | routed | other
+
     def stage(self, round: int, rounds: int) -> Stage:
         aligned = self.sft_rounds + self.align_rounds
         if round < self.sft_rounds:

@@ -6,7 +6,8 @@
 Needs: groups of rollouts, traces of Hard prompts. Routing: every whole group to RL, Hard prompts to SFT as well.
 Advantage: centred, not divided by the std. Published: 128 traces, both lr 1e-6, horizon 8192. Differences from the authors'
 code, all on purpose: the buffer is first in, first out (theirs lets old rows starve); its SFT gradient has its full scale
-(theirs is divided by 32 where 4 micro-batches run); the SFT update is made before the step's RL update, not after it; no entropy bonus.
+(theirs is divided by 32 where 4 micro-batches run); the SFT update is made before the step's RL update, not after it; what waits at
+the end of a round is an update of its last step, since rows belong to their round; no entropy bonus.
 """
 
 from typing import Literal
@@ -41,7 +42,7 @@ class ReLIFTMethod(Method):
 
     @property
     def queues(self) -> Queues:
-        return Queues(sft=self.sft_rows, groups=1)
+        return Queues(sft=self.sft_rows, groups=1, flush=True)
 
     @property
     def rates(self) -> dict[str, float]:

@@ -48,3 +48,7 @@ class SFTThenRLMethod(Method):
         if round < self.sft_rounds:
             return Stage(0, self.sft_rounds, "sft", self.sft_decay, self.sft_warmup)
         return Stage(self.sft_rounds, rounds - self.sft_rounds)
+
+    def unused(self, round: int) -> frozenset[str]:
+        other = {"lr", "grpo"} if round < self.sft_rounds else {"sft_lr", "sft_decay", "sft_warmup"}
+        return super().unused(round) | other

@@ -6,8 +6,8 @@
 
 H: mean entropy of the row's tokens, detached. Needs: groups of rollouts, a trace of each prompt. Routing: every whole group and,
 beside it, its trace. Advantage: of the trace, over the union of rollouts and trace, divided by the std.
-Published: k 8, lr 1e-6 after an SFT stage at 5e-6. Every sum over tokens is divided by its own length here (the paper has plain
-sums), which keeps the terms' proportions. The authors' code seems to have exp(+H) in the first weight; this is the paper's.
+Published: k 8, lr 1e-6 after an SFT stage at 5e-6. Every row's sum over tokens is divided by its length here (the paper has plain
+sums), so that long traces do not drown the rollouts. The authors' code seems to have exp(+H) in the first weight; this is the paper's.
 +log p of wrong rollouts is unbounded below: leave the gradient clipped (train.optimizer.clip_norm).
 """
 

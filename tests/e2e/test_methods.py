@@ -1,5 +1,6 @@
 """Every method through the real command: the stages of two rounds on the tiny world, from the same rows of the first round."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def test_a_method_trains_two_rounds_on_the_grades_that_it_says(method: str, stem
         con, "select round, count(distinct step) as n from metrics where name = 'loss/total' group by round order by 1"
     )
     assert [r["n"] for r in made.to_pylist()] == [6, 6]
+    planned = [json.loads(line) for line in dypo("plan", path, "--json").stdout.splitlines()]
+    assert {p["state"] for p in planned if "state" in p} == {"done"}
     norms = (
         ask(con, "select max(value) as most from metrics where name like 'grad_norm%' group by round")
         .column("most")

@@ -53,7 +53,7 @@ def golden_job(method: str, sink: FolderSink, *, policy: Policy = POLICY, **more
     train = Train.model_validate(SETTINGS | {"method": {"type": "dypo"} | METHODS[method], "optimizer": OPTIMIZER} | more)
     graded = {"easy": 3, "mid": len(set(ref_prompts(shards))), "hard": 0}
     graded["hard"] = len(set(shards["prompt_id"].to_pylist())) - graded["mid"]
-    return TrainJob(0, 1, 7, train, policy, BASE, shards, ref, graded, sink)
+    return TrainJob(0, 1, 7, train, policy, BASE, shards, graded, sink, ref=ref)
 
 
 def ref_prompts(shards: pa.Table) -> list[str]:

@@ -106,6 +106,39 @@ def test_a_thinking_tag_that_the_template_opened_is_not_repeated(folder: Path) -
     assert renderer.trace_tokens("^1+2=", "<think>\nhm</think>3") == ids("<think>\nhm</think>3.")
 
 
+def test_a_base_models_template_opens_the_thinking_and_needs_no_chat_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    renderer = Renderer(folder, "base_think")
+    prompt = renderer.prompt_text(ASK)
+    assert prompt == "User: This is the problem:\n1+2\nAssistant: <think>\n"
+    assert renderer.trace_tokens(prompt, "<think>\nhm</think>3") == ids("hm</think>3.")
+    assert renderer.trace_tokens(renderer.prompt_tokens(ASK), "<think>\nhm</think>3") == ids("hm</think>3.")
+    assert renderer.prompt_text([{"role": "system", "content": "be brief"}, *ASK]) == "be brief\n\n" + prompt
+    with pytest.raises(UserError, match=r"renders one problem, found a chat with the roles user, assistant, user"):
+        renderer.prompt_text([*ASK, {"role": "assistant", "content": "3"}, *ASK])
+
+
+def test_thinking_is_opened_behind_the_chat_template_unless_it_is_already(folder: Path) -> None:
+    assert Renderer(folder, "chat").prompt_text(ASK) == "^1+2="
+    assert Renderer(folder, "chat_think").prompt_text(ASK) == "^1+2=<think>\n"
+    (folder / "chat_template.jinja").write_text(TEMPLATE + "{{ '<think>\\n' }}")
+    assert Renderer(folder, "chat_think").prompt_text(ASK) == Renderer(folder).prompt_text(ASK) == "^1+2=<think>\n"
+
+
+def test_a_template_of_ones_own_holds_the_problem_and_begins_as_the_tokenizer_begins_texts(folder: Path) -> None:
+    assert Renderer(folder, "q {problem} a").prompt_text(ASK) == "q 1+2 a"
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "^", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {"^": {"id": "^", "ids": [1], "tokens": ["^"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    renderer = Renderer(folder, "q {problem} a")
+    assert renderer.prompt_tokens(ASK) == ids("^q 1+2 a")
+
+
 def test_text_leaves_special_tokens_out(folder: Path) -> None:
     renderer = Renderer(folder)
     assert renderer.text(ids("so  3 .")) == "so  3 "

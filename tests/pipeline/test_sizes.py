@@ -68,7 +68,7 @@ def test_slots_of_shards_are_those_of_a_plain_loop(visits: int) -> None:
     largest = sorted(most, key=lambda key: (-most[key], key[1]))[:visits]
     for route in ("rl", "sft"):
         keys = [key for key in most if key[0] == route]
-        assert got[route]["prompts"] == len(keys)
+        assert (got[route]["visits"], got[route]["prompts"]) == (len(keys), len({prompt for _, prompt in most}))
         assert got[route]["most"] == max(most[key] for key in keys)
         assert got[route]["slots"] == pytest.approx(np.mean([mean[key] for key in keys]))
         assert got[route]["largest"] == sum(most[key] for key in largest if key[0] == route)

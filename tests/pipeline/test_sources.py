@@ -161,15 +161,15 @@ def test_a_missing_file_is_named_with_its_neighbours(tmp_path: Path) -> None:
 
 
 def test_an_unknown_extension_says_which_are_known(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("prompt,answer\n")
-    said = refused(source(tmp_path / "a.csv"))
-    assert "expected a .jsonl, .ndjson or .parquet file, found '.csv'" in said
+    (tmp_path / "a.tsv").write_text("prompt\tanswer\n")
+    said = refused(source(tmp_path / "a.tsv"))
+    assert "expected a .jsonl, .ndjson, .parquet or .csv file, found '.tsv'" in said
     assert "duckdb" in said
 
 
 def test_an_empty_folder_and_an_empty_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
-    assert "no .jsonl or .parquet file in this folder" in refused(source(tmp_path / "d"))
+    assert "no .jsonl, .parquet or .csv file in this folder" in refused(source(tmp_path / "d"))
     for name in ("a.jsonl", "a.parquet"):
         (tmp_path / name).write_bytes(b"")
         assert "a." in (said := refused(source(tmp_path / name)))

@@ -1,13 +1,23 @@
 """The eval arithmetic against the dumbest correct version: enumeration, and simulation for the intervals."""
 
 import random
-from itertools import combinations
+from itertools import combinations, permutations
+from statistics import NormalDist, fmean
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.statistics import avg_at_n, estimate, eval_metrics, paired_difference, pass_at_k
+from pipeline.statistics import (
+    avg_at_n,
+    bootstrap,
+    estimate,
+    eval_metrics,
+    maj_at_n,
+    paired_difference,
+    pass_at_k,
+    t_quantile,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,9 +49,28 @@ def test_avg_at_32_of_duplicated_rows_equals_the_mean_of_32_samples():
     assert sum(avg_at_n(rows)) / 8 == avg_at_n([correct_32])[0] == sum(correct_32) / 32
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["4", "5", "6", None]), st.booleans()), min_size=1, max_size=7))
+def test_maj_at_n_is_what_voting_by_every_order_of_preference_gives_on_average(samples):
+    """A tie is broken by lot: each order of the answers breaks it one way, and all orders are as likely."""
+    gold = "4"
+    answers = [a for a, _ in samples]
+    said = [a for a in answers if a is not None]
+    won = [max(order, key=said.count) == gold for order in permutations(sorted(set(said)))] if said else [False]
+    assert maj_at_n(answers, [a == gold for a in answers]) == pytest.approx(sum(won) / len(won))
+
+
+def test_a_sample_without_an_answer_never_wins():
+    assert maj_at_n([None, None, None, "7"], [False, False, False, True]) == 1.0
+    assert maj_at_n([None, None], [False, False]) == 0.0
+
+
 def test_eval_metrics_name_what_they_hold():
-    metrics = eval_metrics([[True, False], [False, False], [True, True]], [1, 2])
-    assert list(metrics) == ["avg@2", "pass@1", "pass@2"]
+    correct = [[True, False], [False, False], [True, True]]
+    metrics = eval_metrics(correct, [1, 2], [["8", "9"], ["1", "2"], ["3", "3"]])
+    assert list(metrics) == ["avg@2", "pass@1", "pass@2", "maj@2"]
+    assert metrics["maj@2"].value == pytest.approx((0.5 + 0 + 1) / 3)
+    assert list(eval_metrics(correct, [1, 2])) == ["avg@2", "pass@1", "pass@2"]
     assert metrics["avg@2"].value == metrics["pass@1"].value == 0.5
     assert metrics["pass@2"].value == pytest.approx(2 / 3)
     assert metrics["pass@2"].problems == 3
@@ -66,6 +95,48 @@ def test_one_problem_has_a_wide_interval():
     one = estimate([0.5], samples=8)
     assert one.ci_low < 0.15
     assert one.ci_high > 0.85
+
+
+def test_the_bootstrap_is_what_drawing_problems_one_by_one_gives():
+    """Efron's BCa as it is written in books, the jackknife by leaving out each problem in turn."""
+    rng = random.Random(4)
+    values = [rng.choice((0.0, 0.0, 0.0, 0.25, 1.0)) for _ in range(25)]
+    means = sorted(fmean(rng.choices(values, k=25)) for _ in range(20_000))
+    z = NormalDist()
+    bias = z.inv_cdf(sum(0.5 * (m == fmean(values)) + (m < fmean(values)) for m in means) / 20_000)
+    without = [fmean(values[:i] + values[i + 1 :]) for i in range(25)]
+    off = [fmean(without) - w for w in without]
+    acceleration = sum(d**3 for d in off) / (6 * sum(d**2 for d in off) ** 1.5)
+    assert acceleration > 0.03  # the values are skewed, so it matters
+    slow = []
+    for end in (-1, 1):
+        reach = bias + end * t_quantile(24) * (25 / 24) ** 0.5
+        slow.append(means[int(20_000 * z.cdf(bias + reach / (1 - acceleration * reach)))])
+    assert bootstrap(values) == pytest.approx(slow, abs=0.011)
+
+
+def test_an_interval_is_the_same_each_time_and_for_any_order_of_problems():
+    values = [i % 5 / 4 for i in range(31)]
+    assert estimate(values) == estimate(values[::-1]) == estimate(values)
+
+
+def test_the_bootstrap_stands_in_the_table_unless_the_problems_are_all_alike():
+    values = [0.0, 0.25, 1.0] * 10
+    e = estimate(values, samples=4)
+    assert (e.ci_low, e.ci_high) == bootstrap(values)
+    alike = estimate([0.25] * 30, samples=4)
+    assert alike.ci_low < 0.25 < alike.ci_high
+
+
+def test_30_problems_as_hard_as_aime_are_covered_about_95_times_in_100():
+    """tests/bench/intervals.py has more such worlds, and what plain percentiles cover."""
+    rng = random.Random(24)
+    covered = 0
+    for _ in range(600):
+        rates = [rng.betavariate(0.5, 2) for _ in range(30)]
+        e = estimate([sum(rng.random() < q for _ in range(8)) / 8 for q in rates], samples=8)
+        covered += e.ci_low <= 0.2 <= e.ci_high
+    assert 0.925 <= covered / 600 <= 0.975
 
 
 def test_an_estimate_refuses_nothing_and_values_past_the_unit_interval():
@@ -118,7 +189,7 @@ def test_a_paired_difference_sees_what_two_intervals_cannot():
     assert gain.ci_low > 0.05
     assert estimate(after).ci_low < estimate(before).ci_high
     back = paired_difference(after, before)
-    assert (back.value, back.ci_low) == pytest.approx((-gain.value, -gain.ci_high))
+    assert (back.value, back.ci_low) == pytest.approx((-gain.value, -gain.ci_high), abs=1e-4)  # other resamples
 
 
 def test_paired_difference_covers_the_true_gain():

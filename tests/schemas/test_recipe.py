@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.context import load, resolved
 from schemas.errors import UserError
 from schemas.methods.dypo import PRESETS, DypoMethod
 from schemas.recipe import parse_recipe
@@ -17,9 +18,86 @@ def server(url: str) -> str:
     return f'engine = {{ type = "openai", base_url = "{url}", model = "m" }}'
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda p: p.name)
+SUITES = sorted((ROOT / "recipes" / "suites").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
 def test_every_shipped_recipe_parses(path: Path) -> None:
-    assert parse_recipe(tomllib.loads(path.read_text()), str(path)).name
+    assert load(path).recipe.name
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda p: p.name)
+def test_every_shipped_suite_goes_into_a_recipe_and_brings_what_it_needs(tmp_path: Path, path: Path) -> None:
+    suite = tomllib.loads(path.read_text())
+    assert set(suite) == {"sources", "score", "eval"}
+    plain, recipe = load(write_recipe(tmp_path)).recipe, load(including(tmp_path, path)).recipe
+    names = {s["name"] for s in suite["eval"]["suites"]}
+    assert {s.name for s in recipe.eval.suites} == names | {s.name for s in plain.eval.suites}
+    assert all(s.split == "eval" for s in recipe.sources if s.name in {x["name"] for x in suite["sources"]})
+
+
+def test_all_shipped_suites_go_together(tmp_path: Path) -> None:
+    assert len(load(including(tmp_path, *SUITES)).recipe.eval.suites) == 1 + 3 + 3 + 7
+
+
+def including(folder: Path, *files: Path) -> Path:
+    names = ", ".join(f'"{file}"' for file in files)
+    return write_recipe(folder, **{"rounds = 2": f"rounds = 2\ninclude = [{names}]"})
+
+
+def test_the_papers_protocol_is_what_the_suites_say(tmp_path: Path) -> None:
+    """T 0.6, avg@32 on AIME and AMC, one sample elsewhere, whatever the recipe's own [eval] says."""
+    recipe = load(including(tmp_path, *(p for p in SUITES if p.stem not in ("tiny", "reasoning_gym")))).recipe
+    said = {s.name: (s.n, s.temperature, s.top_p, s.max_tokens) for s in recipe.eval.suites if s.name != "id"}
+    many, one = (32, 0.6, 1.0, 8192), (1, 0.6, 1.0, 8192)
+    assert said == {
+        "aime24": many, "aime25": many, "amc": many, "math500": one, "minerva": one, "arc_c": one, "gpqa_diamond": one,
+    }  # fmt: skip
+
+
+def test_a_recipe_changes_one_key_of_what_it_includes(tmp_path: Path) -> None:
+    (tmp_path / "more.toml").write_text(
+        """[score.verifiers.sum]
+type = "exact"
+[[eval.suites]]
+name = "id"
+sources = ["sums"]
+n = 3
+[[eval.suites]]
+name = "more"
+sources = ["fresh"]
+"""
+    )
+    path = write_recipe(tmp_path, **{"rounds = 2": 'rounds = 2\ninclude = ["more.toml"]'})
+    recipe = load(path, ["eval.suites.more.n=7"]).recipe
+    one, more = recipe.eval.suites
+    assert (one.name, one.sources, one.n) == ("id", ["fresh"], 2)  # its own values stand
+    assert (more.name, more.n) == ("more", 7)
+    assert recipe.score.verifiers["sum"].extract == "^[^>]*>([0-9]+)$"
+    assert "include" not in resolved(load(path))
+
+
+@pytest.mark.parametrize(
+    ("include", "files", "told"),
+    [
+        ('"more.toml"', {}, "more.toml is no file. TOML files in that folder: small.toml"),
+        ('"a.toml"', {"a.toml": 'include = ["b.toml"]'}, "an included file cannot include others"),
+        ('"a.toml"', {"a.toml": "[eval"}, "a.toml: not valid TOML"),
+        ("3", {}, "include: expected a list of files"),
+        (
+            '"a.toml", "b.toml"',
+            {"a.toml": 'score.verifiers.x = { type = "math" }', "b.toml": 'score.verifiers.x = { type = "exact" }'},
+            "b.toml and a file before it both give score.verifiers.x.type: 'math' and 'exact'",
+        ),
+        ('"a.toml"', {"a.toml": "evl.n = 1"}, "evl: unknown key; did you mean 'eval'?"),
+    ],
+)
+def test_a_bad_include_is_refused_with_the_way_out(tmp_path: Path, include: str, files: dict[str, str], told: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as e:
+        load(write_recipe(tmp_path, **{"rounds = 2": f"rounds = 2\ninclude = [{include}]"}))
+    assert told in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +121,26 @@ def test_every_shipped_recipe_parses(path: Path) -> None:
         ('sources = ["fresh"]', 'sources = ["stale"]', "no source is named 'stale'"),
         ("pass_k = [1, 2]", "pass_k = [0]", "eval.suites.0.pass_k.0: Input should be greater than or equal to 1 (found 0)"),
         ("pass_k = [1, 2]", "pass_k = [1, 4]", "pass@4 needs n >= that, found n = 2"),
+        (
+            'verifier = "sum"\nlimit = 60',
+            'verifier = "sum"\ntemplate = "thinking"\nlimit = 60',
+            "template: expected boxed, letter, think, think_letter, or a text of yours with {problem} in it, found 'thinking'",
+        ),
+        (
+            'verifier = "sum"\nlimit = 60',
+            'verifier = "sum"\ntemplate = "think"\nsystem = "s"\nlimit = 60',
+            "template = 'think' has a system message of its own",
+        ),
+        (
+            "threads = 1",
+            'threads = 1\ntemplate = "base"',
+            "policy.template: expected chat, chat_think, base_think, or a text of yours with {problem} in it, found 'base'",
+        ),
+        (
+            'verifier = "sum"\nlimit = 60',
+            'verifier = "sum"\nhub = "MATH-500"\nlimit = 60',
+            "hub: String should match pattern",
+        ),
         ("[train]", "[grade]\nhard_max_successes = 2\neasy_max_failures = 2\n[train]", "must be below rollouts.k = 4"),
         (LEFT, server("localhost:8000/v1"), "teachers.0.engine.base_url: expected http(s)://host:port"),
         (
@@ -96,6 +194,18 @@ def test_a_bad_recipe_is_refused_with_its_key_and_the_way_out(tmp_path: Path, ol
     assert str(path) in str(e.value)
     assert told in str(e.value)
     assert "pw" not in str(e.value)  # the key that someone put into an address is not repeated
+
+
+def test_majority_votes_need_a_verifier_that_extracts_answers(tmp_path: Path) -> None:
+    judge = '{ type = "user", function = "f.py:f" }'
+    path = write_recipe(
+        tmp_path,
+        **{'{ type = "exact", extract = "^[^>]*>([0-9]+)$" }': judge, "pass_k = [1, 2]": "maj = true"},
+    )
+    with pytest.raises(
+        UserError, match=r"suites\.id: maj counts equal answers, and verifier 'sum' \(type 'user'\) extracts none"
+    ):
+        load(path)
 
 
 def test_presets_fill_what_is_not_given_and_nothing_else() -> None:

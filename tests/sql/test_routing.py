@@ -121,3 +121,10 @@ def test_a_group_without_all_verdicts_is_taken_by_no_method(status: str) -> None
 
 
 PROMPT = {"messages": [], "answer": "", "verifier": "v", "source": "s", "split": "train", "metadata": None}
+
+
+def test_a_mid_group_that_a_query_of_the_user_s_calls_too_long_is_taken_by_no_method() -> None:
+    how = {"rl": ["easy", "mid", "hard"], "sft": [], "union": False}
+    assert route(verdicts({"a": ["ok", "wrong", "ok", "wrong"]}, tokens=7), routing=how)
+    long = route(verdicts({"a": ["ok", "wrong", "ok", "wrong"]}, tokens=9), routing=how)
+    assert long == []

@@ -28,13 +28,20 @@ visits as (
     from by_teacher
     group by prompt_id
 ),
+-- a prompt with a group and a trace is visited as both
 ranked as (
-    select *, row_number() over (order by most desc, prompt_id) <= $visits as of_the_largest
-    from visits
+    select v.*, p.of_the_largest, p.prompts
+    from visits as v
+    inner join (
+        select prompt_id, row_number() over (order by sum(most) desc, prompt_id) <= $visits as of_the_largest, count(*) over () as prompts
+        from visits
+        group by prompt_id
+    ) as p on p.prompt_id = v.prompt_id
 )
 select
     route,
-    count(*) as prompts,
+    count(*) as visits,
+    any_value(prompts) as prompts,
     avg(prompt) as prompt,
     avg(response) as response,
     avg(slots) as slots,
