@@ -44,7 +44,7 @@ STATUS_COLOUR = {
 LINES = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#97266d", "#4a5568")
 REASON_MEANING = {
     "sft": "Hard with a verified trace: supervised on a teacher",
-    "rl": "Mid: the whole group goes to GRPO and GAL",
+    "rl": "Mid: the whole group is trained on",
     "easy": "all rollouts right: nothing to learn from",
     "no_verified_trace": "Hard, and no teacher solved it within the length limit",
     "too_long": "prompt and response are past the length limit",
@@ -301,7 +301,7 @@ def _reasons(con: "duckdb.DuckDBPyConnection") -> str:
         ]
         for r in seen
     ]
-    return "<h3>Where prompts go, and why not</h3>" + _table(
+    return "<h3>Where prompts go by DYPO's gates, and why not</h3>" + _table(
         ("reason", *(f"round {n}" for n in rounds), ""), rows, range(1, len(rounds) + 1)
     )
 

@@ -82,7 +82,7 @@ def test_every_picture_and_section_is_there(page):
         "Losses by component",
         "Grade transitions",
         "Verifier status",
-        "Where prompts go, and why not",
+        "gates, and why not",
     ):
         assert words in page.text
     assert page.tags >= {"svg", "table", "details", "figure"}
