@@ -172,7 +172,8 @@ def _policy(seen: Observed, loss: Loss) -> dict[str, float | np.floating]:
         "kl": _k3(log_ratio_N).mean(),
     }
     if _clips(loss):
-        out["clip_fraction"] = np.average([n.clip_fraction for n in numbers], weights=clip_weights)
+        fractions = [n.clip_fraction for n in numbers if n.clip_fraction is not None]
+        out["clip_fraction"] = np.average(fractions, weights=clip_weights)
     if loss.needs_reference:
         gaps = [_f64(r.ref_logps) - _f64(r.old_logps) - x for r, x in zip(rows, seen.log_ratios, strict=True)]
         out["kl_ref"] = _k3(np.concatenate(gaps)).mean()
