@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from schemas.methods import AnyMethod
+from schemas.methods import ALL, AnyMethod
 from schemas.recipe import Recipe
 from schemas.study import Study
 from schemas.tables import data_md
@@ -49,6 +49,8 @@ def keys_md(root: type[BaseModel], title: str) -> str:
 
 # ---------------------------------------------------------------- methods
 LOSSES = HERE.parent / "trainer" / "losses"
+ELSEWHERE = {"bilevel_update": "trainer/bridge.py", "fit": "pipeline/discriminator.py"}  # function -> file
+ROUNDS = range(3)  # as many as a method has stages
 
 
 def methods_md() -> dict[Path, str]:
@@ -85,7 +87,7 @@ def methods_md() -> dict[Path, str]:
                 *_class_body(text),
                 "```",
                 "",
-                "and in `trainer/losses/`, combined by `trainer/objective.py` ([losses.md](../losses.md)):",
+                f"and in {_places(made)}, combined by `trainer/objective.py` ([losses.md](../losses.md)):",
                 "",
                 "```python",
                 "\n\n\n".join(_function(f) for f in _functions_of(made)),
@@ -93,17 +95,17 @@ def methods_md() -> dict[Path, str]:
                 "",
             ]
         )
-        first, routing = made.routing(0), made.routing(1)
+        routings = [made.routing(round) for round in ROUNDS]
         groups, traces = (
-            ", ".join(routing.rl) or "none",
-            ", ".join(first.sft) or ("with the group" if routing.union else "none"),
+            ", ".join(g for g in ALL if any(g in getattr(r, route) for r in routings)) for route in ("rl", "sft")
         )
-        traces += " (first rounds)" if first.sft and not routing.sft else ""
-        advantage = {"std": "divided by std", "none": "centred"}[made.loss.grpo.advantage] if routing.rl else ""
-        advantage += ", with the trace" if routing.union else ""
+        traces = traces or ("with the group" if routings[0].union else "none")
+        traces += " (first rounds)" if routings[0].sft and not routings[-1].sft else ""
+        advantage = {"std": "divided by std", "none": "centred"}[made.loss.grpo.advantage] if groups else ""
+        advantage += ", with the trace" if routings[0].union else ""
         advantage = "of each token" if made.loss.rollout_term == "distill" else advantage
         what = " ".join((method.__doc__ or "").split()).partition(" (docs/")[0]
-        index.append(f"| [{name}]({name}.md) | {what} | {groups} | {traces} | {advantage} |")
+        index.append(f"| [{name}]({name}.md) | {what} | {groups or 'none'} | {traces} | {advantage} |")
     pages[HERE / "methods" / "README.md"] = "\n".join([*index, ""])
     return pages
 
@@ -143,10 +145,10 @@ def _class_body(text: str) -> list[str]:
 
 
 def _functions_of(made: Any) -> list[str]:
-    """The losses that a method's `loss` names."""
-    loss, routing = made.loss, made.routing(0)
+    """The losses that a method's `loss` names, and what has a file of its own (ELSEWHERE)."""
+    loss, routings = made.loss, [made.routing(round) for round in ROUNDS]
     names = []
-    if routing.rl or made.routing(1).rl:
+    if any(r.rl for r in routings):
         of_rollouts = {"clip": "clipped_surrogate", "cispo": "cispo", "unclipped": "unclipped_surrogate"}[
             loss.grpo.surrogate
         ]
@@ -156,15 +158,23 @@ def _functions_of(made: Any) -> list[str]:
         names.append("off_policy_surrogate")
     if loss.gal is not None:
         names.append({"pairs": "group_alignment", "flat": "flat_alignment"}[loss.gal.form])
-    if routing.sft:
+    if any(r.sft for r in routings):
         names.append("sft")
         names += {"plain": [], "phi": ["phi_weights"], "entropy": ["entropy_weights"]}[loss.trace_weight]
+    names += ["bilevel_update"] * ("shadow" in made.rates)
+    names += ["fit"] * any(r.discriminator is not None for r in routings)
     return names
 
 
+def _places(made: Any) -> str:
+    return " and ".join(
+        f"`{p}`" for p in ["trainer/losses/", *(ELSEWHERE[f] for f in _functions_of(made) if f in ELSEWHERE)]
+    )
+
+
 def _function(name: str) -> str:
-    """The source of a function in trainer/losses/, without importing torch."""
-    for path in sorted(LOSSES.glob("*.py")):
+    """The source of a function in trainer/losses/ or ELSEWHERE, without importing torch."""
+    for path in [HERE.parent / ELSEWHERE[name]] if name in ELSEWHERE else sorted(LOSSES.glob("*.py")):
         text = path.read_text()
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.name == name:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline import skips
 from pipeline.context import Context
+from pipeline.rating import Rating
 from pipeline.stages.generate import round_prompt_ids
 from pipeline.store import (
     ROW_GROUP,
@@ -53,6 +54,7 @@ SLICED = (
     "grades",
     "earlier_grades",
     "curriculum",
+    "ratings",
     "routed",
 )
 ROWS_PER_MB = 16_000  # rollouts of a slice; DuckDB spills part of its joins and sorts then, and does not run out (measured)
@@ -87,7 +89,8 @@ def routing_parameters(method: Method, round: int) -> dict[str, Any]:
     routing, grpo = method.routing(round), method.loss.grpo
     return {
         "rl": list(routing.rl), "sft": list(routing.sft), "union": routing.union, "graded": bool(routing.rl),
-        "advantage": grpo.advantage, "eps": grpo.eps,
+        "min_pass_rate": routing.pass_rate[0], "max_pass_rate": routing.pass_rate[1],
+        "rated": routing.discriminator is not None, "advantage": grpo.advantage, "eps": grpo.eps,
     }  # fmt: skip
 
 
@@ -172,6 +175,32 @@ class Grading:
         """How many prompts have each value of a column of the grades."""
         rows = self._con.execute(f"select {column}, count(*) from grades where round = {self.round} group by 1 order by 1")
         return dict(rows.fetchall())
+
+    # ------------------------------------------------------------ ratings
+    def rate(self, fingerprint: str) -> tuple[list[Path], dict[str, Any]]:
+        """The parts of the round's ratings, which routing goes on from, and what was found of the discriminators."""
+        settings = self.ctx.recipe.train.method.routing(self.round).discriminator
+        assert settings is not None
+        rating = Rating(settings, self.ctx.recipe.seed, self.round)
+        prompts = self.folder / "rated_prompts.parquet"
+        self._con.execute(f"copy ({sql('rated_prompts')}) to $path", {"round": self.round, "path": str(prompts)})
+        view_parts(self._con, "rated_prompts", [prompts], pa.schema([]))
+        ids = (i for batch in stream(self._con, "from rated_prompts") for i in batch["prompt_id"].to_pylist())
+        self._con.register("learned", pa.table({"prompt_id": pa.array(rating.chosen(ids), pa.string())}))
+        rows = rating.rows(self._rated(all=False), lambda: self._rated(all=True))
+        made = write_parts(self.folder / "ratings", "ratings", rows, fingerprint)
+        self.use_ratings(made)
+        return made, rating.facts
+
+    def _rated(self, *, all: bool) -> Iterator[pa.RecordBatch]:
+        self._ordered_by_the_query(True)
+        for _ in self._by_slices():
+            max_tokens = self.ctx.recipe.grade.max_tokens
+            yield from stream(self._con, sql("rated"), ROW_GROUP, max_tokens=max_tokens, all=all)
+
+    def use_ratings(self, parts: list[Path]) -> None:
+        """Goes on from these parts."""
+        view_parts(self._con, "ratings", parts, ARROW["ratings"])
 
     # ------------------------------------------------------------ routes
     def route(self) -> None:

@@ -149,14 +149,19 @@ def memory(model: Model, recipe: Recipe, slots: int, group: Group) -> dict[str, 
     t, dtype = recipe.train, recipe.policy.dtype
     word = 8 if dtype == "float64" else 4
     share = t.processes if t.spread == "fsdp" else 1
-    trained = trained_parameters(model, t.lora)
-    whole = model.parameters + (trained if t.lora else 0)
-    optimizers = len(t.method.rates)
+    adapter = trained_parameters(model, t.adapter) if t.adapter else 0
+    trained = adapter + (0 if t.lora else model.parameters)
+    whole = model.parameters + adapter
+    optimized = len(t.method.rates) * trained
+    if "adapter" in t.method.rates:  # method bridge: one has the adapter, the others the rest
+        optimized = adapter + (len(t.method.rates) - 1) * model.parameters
     rows: dict[str, float] = {
         "weights": word * whole / share,
         "gradients": word * trained / share,
-        "AdamW moments": 2 * optimizers * word * trained / share,
+        "AdamW moments": 2 * word * optimized / share,
     }
+    if "shadow" in t.method.rates:
+        rows["the shadow of the weights"] = word * model.parameters
     if t.processes > 1 and t.spread == "ddp":
         rows["buckets that ddp sums gradients in"] = word * trained
     if t.processes > 1 and t.spread == "fsdp":

@@ -86,6 +86,8 @@ class _Plan:
             traces = None if train_rows is None or t.engine.type == "replay" else train_rows * t.samples
             self.score("trace", "traces", {"teacher": t.name}, traces)
         self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts if groups else 0)
+        if r.train.method.routing(n).discriminator is not None:
+            self.look("ratings", "ratings", key, lambda: self.rating_spec(n))
         for route in ("rl", "sft"):
             self.look("route", "shards", {**key, "route": route}, lambda route=route: self.route_spec(n, route))
         for role in r.train.method.loss.logprob_roles:
@@ -127,6 +129,13 @@ class _Plan:
         if grades is None:
             raise UserError(f"waits for grades/round={round}")
         return grade.route_spec(self.ctx, round, route, grades.identity)
+
+    def rating_spec(self, round: int) -> Spec:
+        grades = self.ctx.part("grades", round=round).manifest()
+        if grades is None:
+            raise UserError(f"waits for grades/round={round}")
+        (it,) = grade.rating_specs(self.ctx, round, grades.identity)
+        return it
 
     def logprob_spec(self, round: int, role: Role) -> Spec:
         if self.ctx.part("shards", round=round, route="rl").manifest() is None:

@@ -168,6 +168,10 @@ def _changed_method(ctx: Context, run: Path, round: int, overrides: list[str]) -
             f"--set {' '.join(overrides)}: would route the round anew (query, advantages), and replay keeps the rows. To see "
             f"that, `dypo grade` and `dypo train` a copy of the run"
         )
+    if changed.recipe.train.adapter != ctx.recipe.train.adapter:
+        raise UserError(
+            f"--set {' '.join(overrides)}: would be another adapter than the one that was trained, which replay goes on from"
+        )
     return changed.recipe.train.method
 
 

@@ -35,6 +35,7 @@ VERSIONS = {
     "skips": 1,
     "score": 1,
     "grade": 1,
+    "ratings": 1,
     "route": 1,
     "logprobs": 1,
     "train": 1,

@@ -14,6 +14,8 @@ from schemas import templates
 from schemas.address import Address
 from schemas.errors import UserError
 from schemas.methods import ALL, AnyMethod, DypoMethod
+from schemas.methods.bridge import BRIDGEMethod
+from schemas.methods.prism import PRISMMethod
 from schemas.methods.sft_then_rl import SFTThenRLMethod
 from schemas.model import Model
 from schemas.scorers import ScorerConfig
@@ -375,6 +377,25 @@ class Train(Model):
     method: AnyMethod = DypoMethod()
     optimizer: Optimizer = Optimizer()
 
+    @model_validator(mode="after")
+    def _method_fits(self) -> "Train":
+        if isinstance(self.method, BRIDGEMethod):
+            if self.lora is not None:
+                raise ValueError(
+                    "lora is instead of training all weights, and method 'bridge' trains them with an adapter of its own: leave lora out, "
+                    "and set method.rank and method.alpha"
+                )
+            if self.processes > 1:
+                raise ValueError(
+                    f"processes = {self.processes}: method 'bridge' exchanges weights with their shadow in one process; set processes = 1"
+                )
+        return self
+
+    @property
+    def adapter(self) -> Lora | None:
+        """The adapter that is trained: `lora`, or method bridge's."""
+        return Lora(rank=self.method.rank, alpha=self.method.alpha) if isinstance(self.method, BRIDGEMethod) else self.lora
+
 
 # ---------------------------------------------------------------- evaluation
 class Suite(Model):
@@ -425,7 +446,7 @@ class Recipe(Model):
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> "Recipe":
         method, first = self.train.method, self.train.method.routing(0)
-        if (first.union or first.sft == ALL) and not self.teachers:
+        if (first.union or first.sft == ALL or first.discriminator is not None) and not self.teachers:
             raise ValueError(
                 f"train.method: type = '{method.type}' learns from traces of every prompt, and the recipe has no [[teachers]]. Add one, "
                 "or take a method that reads rollouts alone (grpo, dapo, ...)"
@@ -434,6 +455,11 @@ class Recipe(Model):
             raise ValueError(
                 f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds}: raise rounds, or take "
                 "type = 'sft'"
+            )
+        if isinstance(method, PRISMMethod) and self.rounds <= method.sft_rounds + method.align_rounds:
+            raise ValueError(
+                f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds} and align_rounds = "
+                f"{method.align_rounds}: raise rounds, or lower one of them"
             )
         return self
 

@@ -211,7 +211,11 @@ shards = Table(
         C("tokens", IDS, "token ids of the response; sft targets end with end-of-sequence"),
         C("old_logprobs", LOGPS, "the sampler's log-probs; null for sft", nullable=True),
         C("finish_reason", S, "stop | length"),
-        C("reward", F64, "the verifier's number"),
+        C(
+            "reward",
+            F64,
+            "the verifier's number; of a rollout in a round that is rated (method prism), its score in `ratings`",
+        ),
         C("correct", B, "the verdict; GAL's pairs are correct against not correct"),
         C("advantage", F64, "(reward - group mean) / (group std + eps), std over k - 1; 0 for sft"),
         C(
@@ -223,6 +227,23 @@ shards = Table(
         C("w_grpo", F64, "the same for GRPO"),
         C("w_gal", F64, "the same for GAL"),
     ),
+)
+
+ratings = Table(
+    "ratings",
+    "a discriminator's score of one rollout or trace: how much it reads like the teachers' text",
+    ("round", "kind", "item_id"),
+    ("round",),
+    (
+        _round,
+        _prompt,
+        C("kind", S, "rollout | trace"),
+        C("item_id", S, "rollout_id or trace_id"),
+        C("score", F64, "D of its tokens; comparable within a fold"),
+        C("fold", I32, "0 | 1: the half of the prompts that this one is in; the discriminator learned from the other"),
+        C("model", S, "content id of the discriminator"),
+    ),
+    content=("score",),
 )
 
 logprobs = Table(
@@ -313,6 +334,7 @@ TABLES: dict[str, Table] = {
         failures,
         scores,
         grades,
+        ratings,
         shards,
         logprobs,
         draws,

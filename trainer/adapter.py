@@ -31,7 +31,7 @@ def attach(lm: nn.Module, lora: Lora, folder: Path | None) -> None:
         from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
         from peft.tuners.lora import LoraLayer
     except ImportError:
-        raise UserError("train.lora needs peft: pip install 'dypo[lora]'") from None
+        raise UserError("train.lora and method bridge need peft: pip install 'dypo[lora]'") from None
     target = lora.target_modules
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=target, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
@@ -69,6 +69,11 @@ def attach(lm: nn.Module, lora: Lora, folder: Path | None) -> None:
             "give the rank, alpha and target_modules that it was trained with: an adapter is for a whole run"
         )
     set_peft_model_state_dict(lm, stored, adapter_name=NAME)
+
+
+def owns(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def of(lm: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
     config.json, *.safetensors           the model, whole, as it is held, by save_pretrained; with LoRA, the adapter merged in
     adapter/                             with LoRA: the adapter in peft's format
+    bridge/                              with method bridge: the weights under the adapter, and their shadow
     tokenizer files, chat template, ...  copied byte for byte from the folder that the round began from
     trainer/tensors/*.safetensors        AdamW moments as OPTIMIZER/PARAMETER/NAME, and torch's RNG state: written by
                                          torch.distributed.checkpoint, each rank its share, read by any number of ranks
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from transformers import PreTrainedModel
 
 from schemas.errors import UserError
-from trainer import adapter
+from trainer import adapter, bridge
 from trainer.model import PolicyLM, quiet
 from trainer.optim import Optimizers
 from trainer.schedule import Cursor
@@ -69,6 +70,8 @@ def save_checkpoint(
     if team.leads:
         with quiet():
             adapter.save(lm, weights, folder) if adapter.of(lm) else lm.save_pretrained(folder, state_dict=weights)
+        if model.shadow:
+            bridge.save(model, folder)
         (folder / "generation_config.json").unlink(missing_ok=True)  # the start's own, or none: it names the stop tokens
         for pattern in COPIED:
             for source in sorted(start.glob(pattern)):

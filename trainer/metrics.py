@@ -33,6 +33,7 @@ def step_metrics(
         suffix = f"_{name}" if name != "main" and method.queues is not None else ""  # two updates in a step
         out[f"grad_norm{suffix}"] = observed.grad_norm
         out[f"lr{suffix}"] = observed.rate
+        out |= observed.more
     for observed in every:
         if observed.rl_rows or observed.silent_rows:
             out |= _rollouts(observed)
@@ -171,7 +172,8 @@ def _policy(seen: Observed, loss: Loss) -> dict[str, float | np.floating]:
         "kl": _k3(log_ratio_N).mean(),
     }
     if _clips(loss):
-        out["clip_fraction"] = np.average([n.clip_fraction for n in numbers], weights=clip_weights)
+        fractions = [n.clip_fraction for n in numbers if n.clip_fraction is not None]
+        out["clip_fraction"] = np.average(fractions, weights=clip_weights)
     if loss.needs_reference:
         gaps = [_f64(r.ref_logps) - _f64(r.old_logps) - x for r, x in zip(rows, seen.log_ratios, strict=True)]
         out["kl_ref"] = _k3(np.concatenate(gaps)).mean()

@@ -38,13 +38,17 @@ PROBE_TOLERANCE = 1e-3  # nats; another mask is off by 0.1 and more, float32 rou
 
 
 class PolicyLM(nn.Module):
-    """A causal LM read at its response tokens. `packed` says how; `why_not` is what the probe found when it is not."""
+    """A causal LM read at its response tokens. `packed` says how; `why_not` is what the probe found when it is not.
+
+    shadow: a second copy of its base weights by name, where the method trains one (bridge.py).
+    """
 
     def __init__(self, lm: nn.Module, *, packed: bool = False, autocast: bool = False) -> None:
         super().__init__()
         self.lm = lm
         self.packed, self.autocast = packed, autocast
         self.why_not: str | None = None
+        self.shadow: dict[str, Tensor] = {}
 
     @property
     def device(self) -> torch.device:

@@ -14,17 +14,23 @@ from torch.distributed.tensor import DTensor
 
 from schemas.methods import Method
 from schemas.recipe import Optimizer, Train
+from trainer import adapter
 
 Optimizers = dict[str, torch.optim.AdamW]
 
 
 def build_optimizers(model: nn.Module, method: Method, settings: Optimizer) -> Optimizers:
-    """`main`, and `sft` on the same parameters where the method has a rate of its own for it."""
-    return {name: _adamw(model, settings) for name in method.rates}
+    """One for each of the method's rates, all on the same parameters; where there is one for the `adapter`, it has those of the
+    adapter and the others the rest."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def of(optimizer: str) -> list[nn.Parameter]:
+        return [p for name, p in trained if "adapter" not in method.rates or adapter.owns(name) == (optimizer == "adapter")]
+
+    return {name: _adamw(of(name), settings) for name in method.rates}
 
 
-def _adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
+def _adamw(trained: list[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

@@ -22,6 +22,7 @@ from schemas.errors import UserError
 from schemas.methods import Method
 from trainer.job import TrainJob
 from trainer.metrics import CLOCKED, summary
+from trainer.model import PolicyLM
 from trainer.optim import Optimizers
 from trainer.run import begin, load, shards_of, take_step
 from trainer.schedule import Step, plan_round
@@ -190,17 +191,20 @@ def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float | None:
     return dot(a, b) / lengths if lengths > 0 else None
 
 
-def _saved(model: nn.Module, optimizers: Optimizers) -> tuple:
+def _saved(model: PolicyLM, optimizers: Optimizers) -> tuple:
     """Weights, moments and torch's random state, as they are now."""
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return weights, {name: copy.deepcopy(o.state_dict()) for name, o in optimizers.items()}, torch.get_rng_state()
+    moments = {name: copy.deepcopy(o.state_dict()) for name, o in optimizers.items()}
+    return weights, {name: t.clone() for name, t in model.shadow.items()}, moments, torch.get_rng_state()
 
 
-def _restore(saved: tuple, model: nn.Module, optimizers: Optimizers) -> None:
-    weights, moments, rng = saved
+def _restore(saved: tuple, model: PolicyLM, optimizers: Optimizers) -> None:
+    weights, shadow, moments, rng = saved
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
+        for name, tensor in model.shadow.items():
+            tensor.copy_(shadow[name])
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(moments[name])
     torch.set_rng_state(rng)

@@ -4,7 +4,6 @@ One idea: the plan of the whole round is computed first and is a pure function, 
 round walks the rest of it. Left out: everything with a file of its own (schedule, batch, forward, objective, ...).
 """
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,14 +12,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from schemas.errors import Reported, UserError, WorkError
+from schemas.errors import Reported, UserError
 from schemas.ids import seed_from
-from trainer import adapter
+from schemas.methods.bridge import BRIDGEMethod
+from trainer import adapter, bridge
 from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
 from trainer.job import Nowhere, RoundEnd, TrainJob
 from trainer.journal import Journal
 from trainer.metrics import RowNumbers, by_row, step_metrics, summary
-from trainer.mismatch import refuse_mismatch
+from trainer.mismatch import refuse_mismatch, refuse_non_finite
 from trainer.model import PolicyLM, device_of, load_model, recompute_activations
 from trainer.objective import Unit, count, mixture
 from trainer.optim import Optimizers, apply_update, build_optimizers, gradient_norm, update_rate
@@ -116,9 +116,9 @@ def begin(job: TrainJob, done: Mapping[int, Path], team: Team = ALONE) -> tuple[
 
 
 def load(job: TrainJob, folder: Path) -> PolicyLM:
-    """The model of a folder; with LoRA the run's base policy, and the folder's adapter on it."""
+    """The model of a folder; with an adapter the run's base policy, and the folder's adapter on it."""
     has_adapter = folder != job.policy.model and (folder / adapter.FOLDER).is_dir()  # a base's own is merged into it already
-    if job.train.lora is None:
+    if job.train.adapter is None:
         if has_adapter:
             raise UserError(
                 f"{folder}: trained with an adapter, so training without train.lora cannot go on from it; begin a new run with "
@@ -127,11 +127,13 @@ def load(job: TrainJob, folder: Path) -> PolicyLM:
         return load_model(folder, job.policy)
     if folder != job.policy.model and not has_adapter:
         raise UserError(
-            f"{folder}: trained without an adapter, so train.lora cannot go on from it; it is for a whole run: begin a new "
+            f"{folder}: trained without an adapter, so {'train.lora' if job.train.lora else 'method bridge'} cannot go on from it; it is for a whole run: begin a new "
             "one with policy.model set to this folder"
         )
     model = load_model(job.policy.model, job.policy)
-    adapter.attach(model.lm, job.train.lora, folder if has_adapter else None)
+    adapter.attach(model.lm, job.train.adapter, folder if has_adapter else None)
+    if isinstance(job.train.method, BRIDGEMethod):
+        bridge.release(model, folder if has_adapter else None)
     return model
 
 
@@ -152,13 +154,14 @@ def take_step(
     fresh; WorkError if the trainer's log-probs of them are not the stored ones.
     """
     began, method = time.perf_counter(), job.train.method
+    make = bridge.bilevel_update if isinstance(method, BRIDGEMethod) else _update
     drawn: list[Row] = []
     seen: dict[str, Observed] = {}
     for update in step.updates:
         units = [shards.rows(visit.items) for visit in update.visits]
         drawn += [row for unit in units for row in unit]
         taken, fresh = before + step.index, update is first
-        seen[update.optimizer] = _update(job, model, optimizers, step, update, units, taken, team, fresh=fresh)
+        seen[update.optimizer] = make(job, model, optimizers, step, update, units, taken, team, fresh=fresh)
     metrics = step_metrics(step, seen, method, graded=job.graded, seconds=time.perf_counter() - began)
     numbers = {row.item_id: n for o in seen.values() for row, n in zip(o.rl_rows, by_row(o, method.loss), strict=True)}
     return drawn, numbers, metrics
@@ -184,24 +187,13 @@ def _update(
     seen = merged(team.everyones(seen))
     norm = gradient_norm(model.parameters())
     seen.grad_norm = norm.item()
-    _refuse_non_finite(seen, job, step, units)
+    where = f"train, round {job.round}, step {step.index}"
+    refuse_non_finite(seen, units, where=where)
     if fresh:
-        refuse_mismatch(seen, limit=train.max_logprob_difference, where=f"train, round {job.round}, step {step.index}")
+        refuse_mismatch(seen, limit=train.max_logprob_difference, where=where)
     seen.rate = update_rate(train, update.optimizer, round=job.round, index=step.index, rounds=job.rounds, taken=taken)
     apply_update(optimizers[update.optimizer], rate=seen.rate, clip_norm=train.optimizer.clip_norm, norm=norm)
     return seen
-
-
-def _refuse_non_finite(seen: Observed, job: TrainJob, step: Step, units: list[Unit]) -> None:
-    if math.isfinite(seen.total) and math.isfinite(seen.grad_norm):
-        return
-    items = seen.broken or [row.item_id for unit in units for row in unit]
-    listed = ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
-    raise WorkError(
-        f"train, round {job.round}, step {step.index}: loss {seen.total} and gradient norm {seen.grad_norm} are not both "
-        f"finite; the update was not made. Items: {listed}. Checkpoints are kept; lower train.method.lr, or look at these "
-        "rows with `dypo sql`"
-    )
 
 
 def _easy_scale(job: TrainJob) -> float:

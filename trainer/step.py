@@ -66,6 +66,7 @@ class Observed:
     broken: list[str] = field(default_factory=list)
     grad_norm: float = 0.0  # before clipping
     rate: float = 0.0
+    more: dict[str, float] = field(default_factory=dict)  # metrics of a method's own
 
     @property
     def total(self) -> float:
@@ -73,7 +74,7 @@ class Observed:
         return self.mixture.sft * self.sft + self.mixture.grpo * self.grpo + self.mixture.gal * self.gal
 
 
-OF_THE_UPDATE = ("counts", "mixture", "grad_norm", "rate")  # what every rank has alike
+OF_THE_UPDATE = ("counts", "mixture", "grad_norm", "rate", "more")  # what every rank has alike
 SUMS = [f.name for f in fields(Observed) if f.name not in OF_THE_UPDATE]
 
 

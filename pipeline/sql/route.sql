@@ -1,7 +1,8 @@
 -- route.sql
 -- grain: one row per sequence to train on: each rollout of a prompt whose group the method takes, each fitting trace that it takes.
--- reads: grades, verdicts (verdicts.sql), fitting_traces. parameters: $round, $max_tokens, $policy (of the round), the method's routing
--- (schemas/methods/): $rl and $sft (lists of grades), $union, $graded (false: a round without rollouts), $advantage ('std' or 'none'), $eps.
+-- reads: grades, verdicts (verdicts.sql), fitting_traces, ratings. parameters: $round, $max_tokens, $policy (of the round), the method's
+-- routing (schemas/methods/): $rl and $sft (lists of grades), $union, $graded (false: a round without rollouts), $min_pass_rate and
+-- $max_pass_rate (of the groups), $rated (a rollout's reward is its rating), $advantage ('std' or 'none'), $eps.
 -- Keys, no token lists: sequences.sql joins those by item_id afterwards.
 -- The advantage is trainer.losses.grpo_advantages in SQL (std over k - 1, equal rewards give 0); a test holds the two together.
 -- Its sums run over the sorted rewards, so that their last digits do not hang on the number of threads.
@@ -9,6 +10,8 @@
 with gates as (
     select
         prompt_id, round, source_round, policy, reason,
+        -- decimals: a rate of 0.2 is 2 of 10, to the count
+        successes between cast($min_pass_rate as decimal(9, 6)) * k and cast($max_pass_rate as decimal(9, 6)) * k as passes,
         case reason when 'rl' then 'mid' when 'sft' then 'hard' when 'easy' then 'easy' else grade end as gate
     from grades
     where round = $round and reason not in ('unjudged', 'incomplete_group', 'stale')
@@ -16,7 +19,10 @@ with gates as (
 gated as (
     select g.round, g.source_round, g.policy, v.*
     from verdicts as v
-    inner join (select * from gates where list_contains($rl, gate) and not (gate = 'mid' and reason = 'too_long')) as g on g.prompt_id = v.prompt_id
+    inner join (
+        select * from gates
+        where passes and list_contains($rl, gate) and not (gate = 'mid' and reason = 'too_long')
+    ) as g on g.prompt_id = v.prompt_id
 ),
 -- a truncated or unreadable answer has no reward of its own: the group's lowest, never more than a wrong one
 lowest as (
@@ -26,9 +32,15 @@ lowest as (
     having not bool_and(status in ('ok', 'wrong'))
 ),
 rollout as (
-    select g.* replace (case when g.status in ('ok', 'wrong') then g.reward else l.reward end as reward)
+    select g.* replace (case
+        when $rated then t.score
+        when g.status in ('ok', 'wrong') then g.reward
+        else l.reward
+    end as reward)
     from gated as g
     left join lowest as l on l.prompt_id = g.prompt_id
+    left join (select * from ratings where $rated and round = $round and kind = 'rollout') as t on t.item_id = g.rollout_id
+    where not $rated or t.item_id is not null
 ),
 traces as (
     select * from fitting_traces where n_tokens <= $max_tokens

@@ -1,6 +1,6 @@
 """grade: verdicts -> grades (no method in them), then the method's routing query -> gated shards.
 
-Both are .sql files; a recipe can name its own. What they are run on, and how, is pipeline/grading.py; here is what grades and
+Both are .sql files; a recipe can name its own. Between them, where the method's reward is a discriminator's, its ratings. What they are run on, and how, is pipeline/grading.py; here is what grades and
 shards depend on, and that finished files go to their partitions only when every check on them has passed.
 """
 
@@ -71,12 +71,23 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
         **routing_parameters(method, round),
         "query": digest(query_text(method.query, "route")),
     }
+    if config["rated"] and (rated := ctx.part("ratings", round=round).manifest()) is not None:
+        parents[f"ratings/round={round}"] = rated.identity
     if config["graded"] and (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
         config["curriculum"] = digest(weights)
         if "earlier_grades" in weights:
             earlier = {n: ctx.part("grades", round=n).manifest() for n in range(round)}
             parents |= {f"grades/round={n}": m.identity for n, m in earlier.items() if m is not None}
     return Spec("route", ctx.part("shards", round=round, route=route), config, parents, 0)
+
+
+def rating_specs(ctx: Context, round: int, grades: str) -> list[Spec]:
+    """One for the round's ratings, of what the grades are made of; none if the method's reward is the verdict."""
+    discriminator = ctx.recipe.train.method.routing(round).discriminator
+    if discriminator is None:
+        return []
+    config = discriminator.model_dump(mode="json")
+    return [Spec("ratings", ctx.part("ratings", round=round), config, {f"grades/round={round}": grades}, ctx.recipe.seed)]
 
 
 def run(ctx: Context, round: int) -> list[Outcome]:
@@ -86,18 +97,19 @@ def run(ctx: Context, round: int) -> list[Outcome]:
     _refuse_old_skips(ctx, round)
     it = grade_spec(ctx, round)
     restore(it)
-    if current(it) and all(current(r) for r in _route_specs(ctx, round, it)):
-        return [nothing(it), *(nothing(r) for r in _route_specs(ctx, round, it))]
+    if current(it) and all(current(r) for r in _rest(ctx, round, it)):
+        return [nothing(it), *(nothing(r) for r in _rest(ctx, round, it))]
     for left in ctx.run.glob(".grading.*.tmp"):
         shutil.rmtree(left)
     with scratch(ctx.run) as folder:
         grading = Grading(ctx, round, folder)
         graded = nothing(it) if current(it) else _grade(it, grading)
         grading.use_grades(it.partition.files())
+        rated = [_rate(r, grading) for r in _rating_specs(ctx, round, it)]
         routes = _route_specs(ctx, round, it)
         if all(current(r) for r in routes):
-            return [graded, *(nothing(r) for r in routes)]
-        return [graded, *_route(routes, grading)]
+            return [graded, *rated, *(nothing(r) for r in routes)]
+        return [graded, *rated, *_route(routes, grading)]
 
 
 def grade_now(ctx: Context, round: int, folder: Path, scores: Sequence[Path] = ()) -> tuple[list[Path], Path]:
@@ -107,6 +119,8 @@ def grade_now(ctx: Context, round: int, folder: Path, scores: Sequence[Path] = (
     folder.mkdir()
     grading = Grading(ctx, round, folder, scores)
     grades = grading.grades("")
+    if ctx.recipe.train.method.routing(round).discriminator is not None:
+        grading.rate("")
     grading.route()
     return grades, grading.lengths()
 
@@ -153,13 +167,29 @@ def _refuse_old_skips(ctx: Context, round: int) -> None:
         )
 
 
+def _rest(ctx: Context, round: int, graded: Spec) -> list[Spec]:
+    """What is made once the grades are there."""
+    return [*_rating_specs(ctx, round, graded), *_route_specs(ctx, round, graded)]
+
+
+def _rating_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
+    return _restored(rating_specs(ctx, round, _identity(graded)))
+
+
 def _route_specs(ctx: Context, round: int, graded: Spec) -> list[Spec]:
-    grades = graded.partition.manifest()
-    assert grades is not None
-    specs = [route_spec(ctx, round, route, grades.identity) for route in ("rl", "sft")]
+    return _restored([route_spec(ctx, round, route, _identity(graded)) for route in ("rl", "sft")])
+
+
+def _restored(specs: list[Spec]) -> list[Spec]:
     for it in specs:
         restore(it)
     return specs
+
+
+def _identity(graded: Spec) -> str:
+    grades = graded.partition.manifest()
+    assert grades is not None
+    return grades.identity
 
 
 def _grade(it: Spec, grading: Grading) -> Outcome:
@@ -168,6 +198,17 @@ def _grade(it: Spec, grading: Grading) -> Outcome:
     return place_parts(
         it, made, facts={"grades": grading.count("grade"), "reasons": grading.count("reason")}, started=started
     )
+
+
+def _rate(it: Spec, grading: Grading) -> Outcome:
+    if current(it):
+        grading.use_ratings(it.partition.files())
+        return nothing(it)
+    started = time.monotonic()
+    made, facts = grading.rate(it.fingerprint)
+    out = place_parts(it, made, facts=facts, started=started)
+    grading.use_ratings(it.partition.files())
+    return out
 
 
 def _route(specs: list[Spec], grading: Grading) -> list[Outcome]:

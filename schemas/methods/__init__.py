@@ -5,6 +5,7 @@ from typing import Annotated, Union
 from pydantic import Field
 
 from schemas.methods.base import ALL, Grade, Loss, Method, Queues, Role, Routing, Stage, Weights
+from schemas.methods.bridge import BRIDGEMethod
 from schemas.methods.chord import CHORDMethod
 from schemas.methods.cispo import CISPOMethod
 from schemas.methods.dapo import DAPOMethod
@@ -16,6 +17,7 @@ from schemas.methods.gspo import GSPOMethod
 from schemas.methods.hpt import HPTMethod
 from schemas.methods.luffy import LUFFYMethod
 from schemas.methods.opd import OPDMethod
+from schemas.methods.prism import PRISMMethod
 from schemas.methods.relift import ReLIFTMethod
 from schemas.methods.sft import SFTMethod
 from schemas.methods.sft_then_rl import SFTThenRLMethod
@@ -40,7 +42,9 @@ AnyMethod = Annotated[
         LUFFYMethod,
         SRFTMethod,
         CHORDMethod,
+        BRIDGEMethod,
         OPDMethod,
+        PRISMMethod,
         DypoMethod,
         GRPOFlatMethod,
     ],

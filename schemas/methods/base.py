@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.methods.terms import GAL, GRPO
+from schemas.methods.terms import GAL, GRPO, Discriminator
 from schemas.model import Model, merge
 
 Grade = Literal["easy", "mid", "hard"]
@@ -28,11 +28,15 @@ class Routing:
 
     union: beside its group each prompt has its trace as an off-policy member: advantages are over both, and the trace has
     a policy gradient of its own. Without rl the round needs no rollouts, and sft takes every prompt that has a trace.
+    pass_rate: of the groups, those with successes / k from the first to the second, ends included.
+    discriminator: a rollout's reward is its score by one that is fitted so (table ratings), and only prompts with a trace have groups.
     """
 
     rl: tuple[Grade, ...] = ()
     sft: tuple[Grade, ...] = ()
     union: bool = False
+    pass_rate: tuple[float, float] = (0.0, 1.0)
+    discriminator: Discriminator | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The terms that methods are made of, as recipe tables: the policy gradient and the Group Alignment Loss."""
+"""What methods are made of, as recipe tables: the policy gradient, the Group Alignment Loss, a discriminator."""
 
 from typing import Literal
 
@@ -77,3 +77,13 @@ class GRPO(Model):
         if (self.aggregation == "seq-mean-token-sum-norm") != (self.horizon is not None):
             raise ValueError("horizon belongs to aggregation = 'seq-mean-token-sum-norm' and is needed there")
         return self
+
+
+class Discriminator(Model):
+    """A linear score of a response's token n-grams: teachers' text against the policy's (pipeline/discriminator.py has the formula)."""
+
+    ngram: int = Field(default=2, ge=1, description="the longest n-gram, in tokens")
+    bits: int = Field(default=14, ge=4, le=24, description="n-grams are hashed into 2^bits places")
+    steps: int = Field(default=200, ge=1, description="of gradient descent, over all pairs")
+    l2: float = Field(default=1e-4, ge=0, lt=1, description="weight of |w|^2 / 2")
+    prompts: int = Field(default=512, ge=1, description="of a fold: so many are learned from, at most")

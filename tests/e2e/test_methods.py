@@ -25,7 +25,9 @@ METHODS = {
     "luffy": HORIZON,
     "srft": "",
     "chord": "decay_steps = 6",
+    "bridge": "adapter_lr = 1e-3, rank = 4, alpha = 8",
     "opd": f'teacher = "{ROOT}/data/tiny_policy"',
+    "prism": "sft_rounds = 0",
     "grpo_flat": "",
 }
 GROUPS = {
@@ -38,7 +40,7 @@ GROUPS = {
 }
 TRACES = {"superrl": {"hard"}, "hpt": {"hard"}, "relift": {"hard"}, "grpo_flat": {"hard"}}
 EVERY = {"easy", "mid", "hard"}
-NO_TRACES = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "opd"}
+NO_TRACES = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "opd", "prism"}
 
 
 def recipe_of(folder: Path, method: str, options: str) -> Path:

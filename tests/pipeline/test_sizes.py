@@ -125,6 +125,9 @@ def test_memory_of_weights_gradients_and_moments_is_counted_by_word() -> None:
     adapter = 3 * 2 * (4 * (64 + 64) + 3 * (64 + 192))
     assert trained_parameters(read_model(TINY), Lora(rank=3)) == adapter
     assert list(of_tiny({"lora": {"rank": 3}}).values())[:3] == [4 * (n + adapter), 4 * adapter, 8 * adapter]
+    both = {"method": {"type": "bridge", "rank": 3}}
+    trained = n + adapter  # the weights and their shadow have moments each, the adapter its own
+    assert list(of_tiny(both).values())[:4] == [4 * trained, 4 * trained, 8 * (2 * n + adapter), 4 * n]
     only = Lora(rank=3, target_modules=["q_proj", "down_proj"])
     assert trained_parameters(read_model(TINY), only) == 3 * 2 * ((64 + 64) + (64 + 192))
     assert trained_parameters(read_model(TINY), Lora(rank=3, target_modules=r".*\.1\..*q_proj")) == 3 * (64 + 64)

@@ -225,10 +225,11 @@ def test_a_second_learning_rate_belongs_to_the_queue_alone() -> None:
         DypoMethod(sft_lr=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "luffy", "srft", "uniform_mix", "chord", "sft_then_rl"])
+@pytest.mark.parametrize("method", ["sft", "luffy", "srft", "uniform_mix", "chord", "sft_then_rl", "bridge", "prism"])
 def test_a_method_of_traces_needs_a_teacher(method: str) -> None:
     data = tomllib.loads(RECIPE.format(run="run", root=ROOT))
     data["train"]["method"] = {"type": method}
+    data["rounds"] = 3
     parse_recipe(data, "small.toml")
     with pytest.raises(UserError, match=rf"type = '{method}' learns from traces of every prompt, and the recipe has no"):
         parse_recipe(data | {"teachers": []}, "small.toml")
@@ -240,3 +241,14 @@ def test_sft_then_rl_needs_a_round_of_rl() -> None:
     with pytest.raises(UserError, match="rounds = 2 leaves none for RL"):
         parse_recipe(data, "small.toml")
     parse_recipe(data | {"rounds": 3}, "small.toml")
+
+
+def test_prism_needs_a_round_of_rl_and_a_range_of_pass_rates() -> None:
+    data = tomllib.loads(RECIPE.format(run="run", root=ROOT))
+    data["train"]["method"] = {"type": "prism"}
+    with pytest.raises(UserError, match=r"leaves none for RL after train.method.sft_rounds = 1 and align_rounds = 1"):
+        parse_recipe(data, "small.toml")
+    parse_recipe(data | {"rounds": 3}, "small.toml")
+    data["train"]["method"] |= {"min_pass_rate": 0.9}
+    with pytest.raises(UserError, match=r"min_pass_rate 0.9 is above max_pass_rate 0.8"):
+        parse_recipe(data | {"rounds": 3}, "small.toml")

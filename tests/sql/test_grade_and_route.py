@@ -50,7 +50,7 @@ def trace(prompt: str, teacher: str = "t", n: int = 5, sample: int = 0) -> dict:
 
 def database(tables: dict[str, list[dict]], traces: list[dict], k: object = 4) -> duckdb.DuckDBPyConnection:
     con = duckdb.connect()
-    for name in ("rollouts", "scores", "grades", "prompts"):
+    for name in ("rollouts", "scores", "grades", "prompts", "ratings"):
         rows = TABLES[name].counted(pa.Table.from_pylist(tables.get(name, []), schema=ARROW[name]))
         con.register(f"{name}_in", rows)
         con.execute(f"create table {name} as select * from {name}_in")
@@ -78,12 +78,15 @@ def route(
     **changes: object,
 ) -> list[dict]:
     graded = list(grade(tables, traces, **changes).values())
-    con = database({**tables, "grades": graded}, traces or [])
+    con = database({**tables, "grades": graded}, traces or [], {**GRADE, **changes}["k"])
     how = {
         "rl": ["mid"],
         "sft": ["hard"],
         "union": False,
         "graded": True,
+        "min_pass_rate": 0.0,
+        "max_pass_rate": 1.0,
+        "rated": False,
         "advantage": scale,
         "eps": 1e-6,
         **(routing or {}),

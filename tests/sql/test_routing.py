@@ -13,7 +13,7 @@ from trainer.losses import grpo_advantages
 
 TYPES = [
     *("sft", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sft_then_rl", "uniform_mix", "superrl", "hpt", "relift"),
-    *("luffy", "srft", "chord", "dypo", "grpo_flat"),
+    *("luffy", "srft", "chord", "bridge", "prism", "dypo", "grpo_flat"),
 ]
 GROUPS = {"easy": ["ok"] * 4, "mid": ["ok", "wrong", "ok", "wrong"], "hard": ["wrong"] * 4}
 EVERY = {"easy", "mid", "hard"}
@@ -29,13 +29,44 @@ def taken(name: str, round: int = 0, groups: dict | None = None, **changes: obje
 
 @pytest.mark.parametrize("name", TYPES)
 def test_each_method_takes_the_grades_that_its_page_names(name: str) -> None:
-    rl = {"sft": set(), "sft_then_rl": set(), "dapo": {"mid"}, "dypo": {"mid"}, "grpo_flat": {"mid"}}
+    rl = {"sft": set(), "sft_then_rl": set(), "prism": set(), "dapo": {"mid"}, "dypo": {"mid"}, "grpo_flat": {"mid"}}
     rl |= {"superrl": {"easy", "mid"}, "hpt": {"easy", "mid"}}
     sft = {key: set() for key in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")}
     sft |= {key: {"hard"} for key in ("superrl", "hpt", "relift", "dypo", "grpo_flat")}
     assert taken(name) == {"rl": rl.get(name, EVERY), "sft": sft.get(name, EVERY)}
     if name == "sft_then_rl":
         assert taken(name, round=1) == {"rl": EVERY, "sft": set()}
+
+
+def rating(item: str, score: float) -> dict:
+    named = {"prompt_id": item[0], "kind": "rollout", "item_id": item, "score": score}
+    return {"round": 0, "fold": 0, "model": "d", **named}
+
+
+def test_prism_aligns_on_every_rated_group_by_its_scores_and_then_takes_the_middle_of_the_pass_rates() -> None:
+    prism = TypeAdapter(AnyMethod).validate_python({"type": "prism", "sft_rounds": 1, "align_rounds": 2})
+    scores = {"a": [0.5, 0.1, -0.2, 0.3], "b": [0.0, 1.0, 2.0, 4.0]}
+    ratings = [rating(f"{p}{i}", s) for p, group in scores.items() for i, s in enumerate(group)]
+    stranger = [rating("c0", 9.0) | {"round": 5}, rating("c0", 9.0) | {"kind": "trace"}]  # not of this round's rollouts
+    groups = {"a": ["wrong"] * 4, "b": ["ok", "truncated", "ok", "unparseable"], "c": ["ok"] * 4}
+    for round in (1, 2):
+        how = routing_parameters(prism, round)
+        rows = route({**verdicts(groups), "ratings": ratings + stranger}, [trace("a"), trace("b")], routing=how)
+        assert [(r["route"], r["item_id"], r["reward"]) for r in rows] == [
+            ("rl", f"{p}{i}", s) for p, group in scores.items() for i, s in enumerate(group)
+        ]
+        want = [a for g in scores.values() for a in grpo_advantages(torch.tensor(g, dtype=torch.float64)).tolist()]
+        assert [r["advantage"] for r in rows] == pytest.approx(want)
+        assert [r["correct"] for r in rows] == [s == "ok" for p in "ab" for s in groups[p]]
+    assert taken("prism", round=3) == {"rl": {"mid"}, "sft": set()}
+
+
+@pytest.mark.parametrize("k", [4, 5, 8, 10, 15, 35])
+def test_a_pass_rate_of_exactly_a_fifth_or_four_fifths_is_taken_and_one_rollout_less_or_more_is_not(k: int) -> None:
+    how = routing_parameters(TypeAdapter(AnyMethod).validate_python({"type": "prism"}), 2)
+    groups = {f"{right:02d}": ["ok"] * right + ["wrong"] * (k - right) for right in range(k + 1)}
+    rows = route(verdicts(groups), [], routing=how, k=k)
+    assert {int(r["prompt_id"]) for r in rows} == {right for right in range(k + 1) if k <= 5 * right <= 4 * k}
 
 
 @pytest.mark.parametrize(("gamma", "successes", "supervised"), [(0, 0, True), (0, 1, False), (2, 2, True), (2, 3, False)])

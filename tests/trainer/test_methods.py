@@ -39,7 +39,9 @@ NAMES: dict[str, dict] = {
     "srft": {},
     "chord": {"mu_peak": 0.6},
     "chord_phi": {"type": "chord", "variant": "phi"},
+    "bridge": {"rl_weight": 0.3},
     "opd": {"teacher": "somewhere"},
+    "prism": {"sft_rounds": 0},
     "grpo_flat": {"alpha": 0.3, "beta": 0.8},
 }
 
@@ -119,7 +121,7 @@ def written_out(name: str, table: pa.Table, model: torch.nn.Module) -> torch.Ten
 
     if name == "sft":
         return sft_by_token()
-    if name == "grpo":
+    if name in ("grpo", "prism"):
         return by_row(lambda r: clipped(r, 0.2, 0.2))
     if name == "dr_grpo":
         return sum(clipped(r, 0.2, 0.2).sum() for r in rl) / (groups * K * 50)
@@ -175,6 +177,8 @@ def written_out(name: str, table: pa.Table, model: torch.nn.Module) -> torch.Ten
             return p * (1 - p)
 
         return 0.9 * mean_over_tokens([(r, clipped(r, 0.2, 0.2)) for r in rl], rl) + 0.1 * sft_by_token(phi)
+    if name == "bridge":  # its step has two more gradients: test_bridge.py
+        return 0.3 * by_row(lambda r: clipped(r, 0.2, 0.2)) + 0.7 * sft_by_token()
     if name == "opd":
         stored = by_hand.reference(make_ref(table, seed=8, role="teacher"))
 
@@ -339,6 +343,27 @@ def test_an_sft_stage_has_its_own_optimizer_rate_and_decay_and_rl_begins_anew() 
     assert sft[-1] == pytest.approx(1e-4)
     assert all(a >= b for a, b in itertools.pairwise(sft[1:]))
     assert rates(2) + rates(3) == [1e-6] * 20
+
+
+def test_prism_s_stages_each_have_their_own_warm_up_and_only_sft_an_optimizer_of_its_own() -> None:
+    from schemas.recipe import Train
+    from trainer.optim import update_rate
+    from trainer.schedule import plan_round
+
+    method = {"type": "prism", "sft_rounds": 1, "align_rounds": 2, "lr": 1e-6, "sft_lr": 1e-3}
+    optimizer = {"warmup_steps": 2, "decay": "linear"}
+    train = Train.model_validate({"steps": 10, "prompts_per_step": 2, "method": method, "optimizer": optimizer})
+
+    def rates(round: int) -> list[float]:
+        (name,) = {u.optimizer for s in plan_round(make_shards(), train, seed=0, round=round) for u in s.updates}
+        assert name == ("sft" if round == 0 else "main")
+        return [update_rate(train, name, round=round, index=i, rounds=5, taken=round * 10 + i) for i in range(10)]
+
+    aligned, rewarded = rates(1) + rates(2), rates(3) + rates(4)
+    assert rates(0)[0] == pytest.approx(1e-3)
+    assert aligned == rewarded
+    assert aligned[:3] == pytest.approx([0.5e-6, 1e-6, 1e-6])
+    assert aligned[-1] == pytest.approx(1e-7)
 
 
 @pytest.mark.parametrize("name", ["grpo", "uniform_mix", "chord"])

@@ -14,6 +14,7 @@ from tests.trainer.tiny import FolderSink, Killed, make_job, make_train, stored_
 from trainer.checkpoint import load_state
 from trainer.run import train_round
 
+BRIDGE = {"type": "bridge", "adapter_lr": 1e-2, "rank": 4}
 QUEUE = {"schedule": "queue", "sft_lr": 2e-2, "queue_size": 2, "queue_groups": 2, "gal": {"ref": "none"}}
 VARYING = ("tokens_per_s",)
 
@@ -24,7 +25,11 @@ def rows_that_repeat(sink: FolderSink) -> tuple[list[dict], list[dict]]:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors") | stored_tensors(folder)
+    """All of a checkpoint's, by file but for those of trainer/."""
+    files = [path for path in sorted(folder.rglob("*.safetensors")) if "trainer" not in path.relative_to(folder).parts]
+    return {f"{path.relative_to(folder)}: {k}": t for path in files for k, t in load_file(path).items()} | stored_tensors(
+        folder
+    )
 
 
 def assert_bitwise(a: Path, b: Path) -> None:
@@ -44,9 +49,9 @@ def assert_as_undisturbed(again: FolderSink, whole: FolderSink) -> None:
     assert rows_that_repeat(again) == rows_that_repeat(whole)
 
 
-@pytest.fixture(scope="module", params=["joint", "queue"])
+@pytest.fixture(scope="module", params=["joint", "queue", "bridge"])
 def undisturbed(request: pytest.FixtureRequest, policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    method = QUEUE if request.param == "queue" else {}
+    method = {"joint": {}, "queue": QUEUE, "bridge": BRIDGE}[request.param]
     sink = FolderSink(tmp_path_factory.mktemp("undisturbed"))
     train = make_train(method, prompts_per_step=3)
     assert train_round(make_job(policy_folder, sink, train=train)).steps == 6
@@ -148,7 +153,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.trainer.test_resume import CALLS, QUEUE
+from tests.trainer.test_resume import BRIDGE, CALLS, QUEUE
 from tests.trainer.tiny import FolderSink, make_job, make_train
 from trainer.run import train_round
 
@@ -173,7 +178,7 @@ def process(folder, train, die=None, after=None):
     assert status in (0, signal.SIGKILL), status
     return status == 0
 
-for name, method in (("joint", {}), ("queue", QUEUE)):
+for name, method in (("joint", {}), ("queue", QUEUE), ("bridge", BRIDGE)):
     train = make_train(method, prompts_per_step=3)
     began = time.monotonic()
     assert process(out / name / "whole", train)
@@ -197,7 +202,7 @@ def test_kill_9_of_real_processes_at_any_moment_then_the_same_again_is_bitwise_u
     command = [sys.executable, "-c", CHILD, str(policy_folder), str(tmp_path)]
     ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
-    for schedule in ("joint", "queue"):
+    for schedule in ("joint", "queue", "bridge"):
         kills = [int(line.split()[2]) for line in ran.stdout.splitlines() if line.startswith(schedule)]
         assert len(kills) == 2
         assert sum(kills) > 0

@@ -52,7 +52,7 @@ def test_the_names_of_the_metrics_are_those_that_the_documentation_lists(policy_
     listed = set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
     written: set[str] = set()
     care = {"grpo": {"old": "trainer", "truncation": "token"}}
-    for name, method in {"joint": {}, "queue": QUEUE, "care": care}.items():
+    for name, method in {"joint": {}, "queue": QUEUE, "care": care, "bridge": {"type": "bridge"}}.items():
         sink = FolderSink(tmp_path / name)
         train_round(make_job(policy_folder, sink, train=make_train(method)))
         written |= {row["name"] for row in sink.rows("metrics")}
