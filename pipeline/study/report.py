@@ -351,7 +351,7 @@ def _difference(found: Compared | None, scale: int = 100) -> str:
         return ""
     t, digits = found.test, 1 if scale == 100 else 2
     ends = "" if t.n == 1 else f" [{scale * t.ci_low:+.{digits}f}, {scale * t.ci_high:+.{digits}f}]"
-    return f"{scale * t.mean:+.{digits}f}{ends} p {_p(t.p)} ({_p(found.adjusted)}), {t.n} pairs"
+    return f"{scale * t.mean:+.{digits}f}{ends} p {_p(t.p)} ({_p(found.adjusted)}), n {t.n}"
 
 
 def _p(value: float) -> str:
