@@ -8,7 +8,7 @@ is never written to again (store.py publishes by rename), and manifests are copi
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,11 @@ def finished(plan: Plan, run: Run) -> bool:
 
 
 def whole(ctx: Context) -> bool:
-    """Whether `dypo run` would find nothing to do."""
-    return (ctx.run / "recipe.toml").exists() and all(p.state == "done" for p in partitions_due(ctx))
+    """Whether `dypo run` would find nothing to do. A run that cannot be read is not whole; its own command says why."""
+    try:
+        return (ctx.run / "recipe.toml").exists() and all(p.state == "done" for p in partitions_due(ctx))
+    except UserError:
+        return False
 
 
 def chosen(plan: Plan, cell: Cell) -> int | None:
@@ -51,10 +54,12 @@ def chosen(plan: Plan, cell: Cell) -> int | None:
     trials = [] if cell.trial is not None else plan.trials(cell.world, cell.method)
     if not trials:
         return cell.trial or 0
-    values = [validation(plan, trial) for trial in trials]
-    if None in values:
-        return None
-    return max(range(len(values)), key=lambda n: (values[n], -n))  # of equals the first
+    return best([validation(plan, trial) for trial in trials])
+
+
+def best(values: Sequence[float | None]) -> int | None:
+    """Which trial is chosen: the best, of equals the first; None while one is not finished."""
+    return None if None in values else max(range(len(values)), key=lambda n: (values[n], -n), default=None)
 
 
 def validation(plan: Plan, trial: Cell) -> float | None:

@@ -296,14 +296,12 @@ def _trials(found: Results) -> list[Block]:
                 continue
             trials = plan.trials(world.name, method.name)
             values = [cells.validation(plan, t) for t in trials]
-            best = max((v for v in values if v is not None), default=None)
+            taken = cells.best(values)
             shown = []
-            for setting, value in zip(plan.study.trials_of(method), values, strict=bool(trials)):
-                words = ", ".join(f"{k} {v:g}" for k, v in setting.items())
+            for n, (setting, value) in enumerate(zip(plan.study.trials_of(method), values, strict=bool(trials))):
                 said = "not there" if value is None else f"{100 * value:.1f}"
-                shown.append(
-                    f"{words}: {'**' if value == best is not None else ''}{said}{'**' if value == best is not None else ''}"
-                )
+                words = ", ".join(f"{k} {v:g}" for k, v in setting.items())
+                shown.append(f"{words}: {f'**{said}**' if n == taken else said}")
             if shown:
                 rows.append([world.name, method.name, *shown])
     if not rows:

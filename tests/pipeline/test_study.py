@@ -197,6 +197,24 @@ def test_a_trial_is_chosen_when_all_are_there_and_of_equals_the_first(plan: Plan
     assert cells.chosen(plan, cell) == 1
 
 
+def test_one_trial_is_bold_where_two_are_equal(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "validation", lambda plan, trial: 0.4)
+    _, text = report.build(plan, [])
+    assert "| w | dypo | lr 0.0001: **40.0** | lr 0.001: 40.0 |" in text
+
+
+def test_a_run_that_cannot_be_read_is_not_finished_and_stops_nothing(plan: Plan) -> None:
+    cell = Cell("w", "a", "sft", 0)
+    run = plan.folder / cell.label
+    write(run, "prompts", [])
+    (run / "recipe.toml").write_text("")
+    (run / "prompts" / "manifest.json").write_text("not JSON")
+    assert not cells.whole(plan.context(cell, 0))
+    todo = schedule.tasks(plan, cell.label)
+    schedule.look(plan, todo)
+    assert {t.state for t in todo} == {"due"}
+
+
 # ---------------------------------------------------------------- the comparisons
 def test_finals_are_the_last_policy_s_and_budgets_cut_where_the_tokens_end(found: Results) -> None:
     last = found.values("w", found.rows("finals"))
