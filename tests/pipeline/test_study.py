@@ -6,6 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.context import of_data
+from pipeline.flow import due_for_eval
 from pipeline.stage import Spec, make_table
 from pipeline.store import partition
 from pipeline.study import cells, layout, report, schedule
@@ -184,6 +186,15 @@ def test_trials_see_the_tuning_suite_alone_and_results_all_of_them(plan: Plan) -
     (trial, *_) = plan.trials("w", "sft")
     assert [s.name for s in plan.context(trial).recipe.eval.suites] == ["validation"]
     assert [s.name for s in plan.suites("w")] == ["id", "far", "farther"]
+
+
+def test_a_suite_s_own_every_rounds_wins_and_the_last_round_has_every_suite(plan: Plan) -> None:
+    data = plan.recipes["w"] | {"rounds": 4}
+    data["eval"] = {"every_rounds": 2, "suites": [{**s} for s in data["eval"]["suites"]]}
+    data["eval"]["suites"][0]["every_rounds"], data["eval"]["suites"][1]["every_rounds"] = 1, 0
+    ctx = of_data(data, "w.toml")
+    due = [[s.name for s in due_for_eval(ctx, round)] for round in range(4)]
+    assert due == [["validation"], ["validation", "far", "farther"], ["validation"], ["validation", "id", "far", "farther"]]
 
 
 def test_a_trial_is_chosen_when_all_are_there_and_of_equals_the_first(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
