@@ -81,9 +81,14 @@ def _show(plan: Plan, todo: list[Task], as_json: bool) -> None:
 
 
 def _report(plan: Plan, todo: list[Task], as_json: bool) -> None:
+    """Of all results that are there, whatever was asked for this time."""
     from pipeline.study import report
 
-    done = [t.run for t in todo if t.state == "done" and isinstance(t.run, Cell) and t.run.trial is None]
+    known = {t.run: t for t in todo}
+    rest = [t for t in schedule.tasks(plan) if t.run not in known]
+    schedule.look(plan, rest)
+    ended = {t.run for t in [*todo, *rest] if t.state == "done"}
+    done = [cell for cell in plan.cells() if cell in ended]
     html, text = report.build(plan, done)
     for path, content in ((plan.folder / f"{plan.study.name}.html", html), (plan.folder / f"{plan.study.name}.md", text)):
         publish(path, lambda p, content=content: p.write_text(content, encoding="utf-8"))

@@ -132,3 +132,4 @@ def test_a_result_whose_files_are_gone_is_made_again(folder: Path) -> None:
     assert "1 of 2 results; 1 runs to do" in plan
     dypo("study", folder / "study.toml", "--only", "cells/*/grpo/*")
     assert (folder / "study" / "cells/w/a/grpo/3/evals").exists()
+    assert "2 of 3 results" in (folder / "study" / "small.md").read_text(), "the report is of all that is there"
