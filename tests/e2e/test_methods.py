@@ -40,6 +40,17 @@ GROUPS = {
 }
 TRACES = {"superrl": {"hard"}, "hpt": {"hard"}, "relift": {"hard"}, "grpo_flat": {"hard"}}
 EVERY = {"easy", "mid", "hard"}
+ALIKE = {
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "uniform_mix",
+    "superrl",
+    "hpt",
+    "chord",
+    "grpo_flat",
+}  # the same stages as one of the others
 NO_TRACES = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "opd", "prism"}
 
 
@@ -61,7 +72,7 @@ def stem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] if m in ALIKE else []) for m in METHODS])
 def test_a_method_trains_two_rounds_on_the_grades_that_it_says(method: str, stem: Path, tmp_path: Path) -> None:
     path, run = recipe_of(tmp_path, method, METHODS[method]), tmp_path / "run"
     shutil.copytree(stem, run)

@@ -10,6 +10,8 @@ import pytest
 from schemas.tables import TABLES
 from tests.tiny_runs import ROOT, dypo, kill_when, table, write_recipe
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a minute on an idle machine
+
 STUDY = """
 name = "small"
 title = "A small study"
