@@ -518,6 +518,11 @@ def explained(e: ValidationError, root: type[BaseModel]) -> list[str]:
             hint = f"; did you mean '{near[0]}'?" if near else ""
             known = ", ".join(_known_keys(err["loc"][:-1], root))
             lines.append(f"  {key}: unknown key{hint} Known here: {known}")
+        elif err["type"] == "union_tag_invalid":
+            tag, tags = str(err["ctx"]["tag"]), err["ctx"]["expected_tags"].replace("'", "")
+            near = difflib.get_close_matches(tag, tags.split(", "), n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            lines.append(f"  {key}.type: '{tag}' is not known{hint} Known here: {tags}")
         elif err["type"] == "union_tag_not_found":
             lines.append(f"  {key}: needs a `type` ({_tags(err['loc'], root)})")
         else:

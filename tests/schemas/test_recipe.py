@@ -111,6 +111,11 @@ def test_a_bad_include_is_refused_with_the_way_out(tmp_path: Path, include: str,
         ("lr = 1e-3", "lr = 1e-3, alhpa = 0.5", "train.method.alhpa: unknown key; did you mean 'alpha'?"),
         ("k = 4", "k = 1", "rollouts.k: a group needs at least 2 rollouts"),
         ("k = 4", "k = 4\ntop_p = 0.9", "rollouts.top_p: training rollouts need top_p = 1, found 0.9"),
+        (
+            'type = "dypo", ',
+            'type = "hptt", ',
+            "train.method.type: 'hptt' is not known; did you mean 'hpt'? Known here: sft, grpo",
+        ),
         ('type = "dypo", ', "", "train.method: needs a `type` (sft | grpo | dr_grpo"),
         ('name = "noisy"', 'name = "left"', "teachers: the name 'left' is given twice"),
         (
