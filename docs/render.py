@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from schemas.methods import ALL, AnyMethod
+from schemas.methods import ALL, AnyMethod, Method
 from schemas.recipe import Recipe
 from schemas.study import Study
 from schemas.tables import data_md
@@ -85,6 +85,7 @@ def methods_md() -> dict[Path, str]:
                 "",
                 "```python",
                 *_class_body(text),
+                *(line for base in _bases(method) for line in ("", "", *inspect.getsource(base).rstrip().splitlines())),
                 "```",
                 "",
                 f"and in {_places(made)}, combined by `trainer/objective.py` ([losses.md](../losses.md)):",
@@ -135,6 +136,11 @@ def _method_keys(made: BaseModel, path: str = "") -> list[str]:
             shown = "required" if field.is_required() else _default(value)
             lines.append(f"| {path}{key} | {shown} | {(field.description or '').replace('|', chr(92) + '|')} |")
     return lines
+
+
+def _bases(method: type[BaseModel]) -> list[type[BaseModel]]:
+    """What a method has in common with its kin: the classes between it and Method."""
+    return [base for base in method.__mro__[1:] if issubclass(base, Method) and base is not Method]
 
 
 def _class_body(text: str) -> list[str]:

@@ -14,9 +14,8 @@ from schemas import templates
 from schemas.address import Address
 from schemas.errors import UserError
 from schemas.methods import ALL, AnyMethod, DypoMethod
+from schemas.methods.after_sft import AfterSFT
 from schemas.methods.bridge import BRIDGEMethod
-from schemas.methods.prism import PRISMMethod
-from schemas.methods.sft_then_rl import SFTThenRLMethod
 from schemas.model import Model
 from schemas.scorers import ScorerConfig
 
@@ -451,15 +450,11 @@ class Recipe(Model):
                 f"train.method: type = '{method.type}' learns from traces of every prompt, and the recipe has no [[teachers]]. Add one, "
                 "or take a method that reads rollouts alone (grpo, dapo, ...)"
             )
-        if isinstance(method, SFTThenRLMethod) and self.rounds <= method.sft_rounds:
+        if isinstance(method, AfterSFT) and self.rounds <= method.rounds_before_rl:
+            keys = [key for key in ("sft_rounds", "align_rounds") if hasattr(method, key)]
+            counted = " and ".join(f"{key} = {getattr(method, key)}" for key in keys)
             raise ValueError(
-                f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds}: raise rounds, or take "
-                "type = 'sft'"
-            )
-        if isinstance(method, PRISMMethod) and self.rounds <= method.sft_rounds + method.align_rounds:
-            raise ValueError(
-                f"rounds = {self.rounds} leaves none for RL after train.method.sft_rounds = {method.sft_rounds} and align_rounds = "
-                f"{method.align_rounds}: raise rounds, or lower one of them"
+                f"rounds = {self.rounds} leaves none for RL after train.method.{counted}: raise rounds, lower that, or take type = 'sft'"
             )
         return self
 
@@ -519,7 +514,8 @@ def explained(e: ValidationError, root: type[BaseModel]) -> list[str]:
             known = ", ".join(_known_keys(err["loc"][:-1], root))
             lines.append(f"  {key}: unknown key{hint} Known here: {known}")
         elif err["type"] == "union_tag_invalid":
-            tag, tags = str(err["ctx"]["tag"]), err["ctx"]["expected_tags"].replace("'", "")
+            said = err.get("ctx", {})
+            tag, tags = str(said.get("tag")), str(said.get("expected_tags")).replace("'", "")
             near = difflib.get_close_matches(tag, tags.split(", "), n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             lines.append(f"  {key}.type: '{tag}' is not known{hint} Known here: {tags}")

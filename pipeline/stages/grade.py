@@ -1,7 +1,8 @@
 """grade: verdicts -> grades (no method in them), then the method's routing query -> gated shards.
 
-Both are .sql files; a recipe can name its own. Between them, where the method's reward is a discriminator's, its ratings. What they are run on, and how, is pipeline/grading.py; here is what grades and
-shards depend on, and that finished files go to their partitions only when every check on them has passed.
+Both are .sql files; a recipe can name its own. Between them, where the method's reward is a discriminator's, its ratings. What they are
+run on, and how, is pipeline/grading.py; here is what grades and shards depend on, and that finished files go to their partitions
+only when every check on them has passed.
 """
 
 import shutil

@@ -8,6 +8,7 @@ One idea: a method is these three answers and its published defaults, nothing el
 and every rival runs through the same rows, the same denominators and the same loop. Left out: any arithmetic.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -103,7 +104,7 @@ class Stage:
     warmup: float | None = None  # share of the stage's steps
 
 
-class Method(Model):
+class Method(Model, ABC):
     """What all methods have. A subclass names its `type`, its published defaults and its source."""
 
     PUBLISHED: ClassVar[dict[str, Any]] = {}  # defaults of tables, on which the recipe's keys are laid
@@ -134,18 +135,18 @@ class Method(Model):
         """The defaults that the given values are laid on."""
         return cls.PUBLISHED
 
+    @abstractmethod
     def routing(self, round: int) -> Routing:
         """Which grades' prompts are trained on in a round, and how."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self, step: int) -> Weights:
         """The mixture at a step, counted over the whole run from 0."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def loss(self) -> Loss:
         """What is computed of a step's rows."""
-        raise NotImplementedError
 
     @property
     def queues(self) -> Queues | None:
@@ -164,3 +165,19 @@ class Method(Model):
     def stage(self, round: int, rounds: int) -> Stage:
         """The stage that a round of a run of so many belongs to: the whole run, if a method has one."""
         return Stage(0, rounds)
+
+
+class GroupMethod(Method):
+    """A policy gradient on every whole group of rollouts and nothing else: GRPO and its family."""
+
+    grpo: GRPO = GRPO()
+
+    def routing(self, round: int) -> Routing:
+        return Routing(rl=ALL)
+
+    def weights(self, step: int) -> Weights:
+        return Weights(grpo=1.0)
+
+    @property
+    def loss(self) -> Loss:
+        return Loss(grpo=self.grpo)

@@ -8,24 +8,12 @@ Published: an upper bound only, of 5 as TRL recommends; mean over tokens; lr 1e-
 
 from typing import Literal
 
-from schemas.methods.base import ALL, Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.base import GroupMethod
 
 
-class CISPOMethod(Method):
+class CISPOMethod(GroupMethod):
     """Clipped importance-sampling policy optimization (docs/methods/cispo.md)."""
 
     PUBLISHED = {"grpo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "aggregation": "token-mean"}}
 
     type: Literal["cispo"]
-    grpo: GRPO = GRPO()
-
-    def routing(self, round: int) -> Routing:
-        return Routing(rl=ALL)
-
-    def weights(self, step: int) -> Weights:
-        return Weights(grpo=1.0)
-
-    @property
-    def loss(self) -> Loss:
-        return Loss(grpo=self.grpo)

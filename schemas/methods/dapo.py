@@ -9,24 +9,15 @@ Left out: the soft penalty for overlong answers, which is a reward's affair.
 
 from typing import Literal
 
-from schemas.methods.base import Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.base import GroupMethod, Routing
 
 
-class DAPOMethod(Method):
+class DAPOMethod(GroupMethod):
     """Decoupled clip and dynamic sampling: Mid groups only, mean over tokens (docs/methods/dapo.md)."""
 
     PUBLISHED = {"grpo": {"clip_high": 0.28, "aggregation": "token-mean", "mask_truncated": True}}
 
     type: Literal["dapo"]
-    grpo: GRPO = GRPO()
 
     def routing(self, round: int) -> Routing:
         return Routing(rl=("mid",))
-
-    def weights(self, step: int) -> Weights:
-        return Weights(grpo=1.0)
-
-    @property
-    def loss(self) -> Loss:
-        return Loss(grpo=self.grpo)

@@ -8,24 +8,12 @@ Published: clip 0.2, lr 1e-6; H is the length limit of the rollouts: 8192 as in 
 
 from typing import Literal
 
-from schemas.methods.base import ALL, Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.base import GroupMethod
 
 
-class DrGRPOMethod(Method):
+class DrGRPOMethod(GroupMethod):
     """GRPO with centred advantages and a constant horizon (docs/methods/dr_grpo.md)."""
 
     PUBLISHED = {"grpo": {"advantage": "none", "aggregation": "seq-mean-token-sum-norm", "horizon": 8192}}
 
     type: Literal["dr_grpo"]
-    grpo: GRPO = GRPO()
-
-    def routing(self, round: int) -> Routing:
-        return Routing(rl=ALL)
-
-    def weights(self, step: int) -> Weights:
-        return Weights(grpo=1.0)
-
-    @property
-    def loss(self) -> Loss:
-        return Loss(grpo=self.grpo)

@@ -8,22 +8,10 @@ Advantage: std of the group. Published: clip 0.2, lr 1e-6.
 
 from typing import Literal
 
-from schemas.methods.base import ALL, Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.base import GroupMethod
 
 
-class GRPOMethod(Method):
+class GRPOMethod(GroupMethod):
     """Group Relative Policy Optimization on every group (docs/methods/grpo.md)."""
 
     type: Literal["grpo"]
-    grpo: GRPO = GRPO()
-
-    def routing(self, round: int) -> Routing:
-        return Routing(rl=ALL)
-
-    def weights(self, step: int) -> Weights:
-        return Weights(grpo=1.0)
-
-    @property
-    def loss(self) -> Loss:
-        return Loss(grpo=self.grpo)

@@ -9,24 +9,12 @@ such a clip the sampler's rounding alone can bind: with an engine other than hf 
 
 from typing import Literal
 
-from schemas.methods.base import ALL, Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.base import GroupMethod
 
 
-class GSPOMethod(Method):
+class GSPOMethod(GroupMethod):
     """Group Sequence Policy Optimization (docs/methods/gspo.md)."""
 
     PUBLISHED = {"grpo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}}
 
     type: Literal["gspo"]
-    grpo: GRPO = GRPO()
-
-    def routing(self, round: int) -> Routing:
-        return Routing(rl=ALL)
-
-    def weights(self, step: int) -> Weights:
-        return Weights(grpo=1.0)
-
-    @property
-    def loss(self) -> Loss:
-        return Loss(grpo=self.grpo)

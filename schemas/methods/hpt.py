@@ -13,15 +13,13 @@ from typing import Literal
 from pydantic import Field
 
 from schemas.methods.base import Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.terms import GRPO, UNCLIPPED_SUM
 
 
 class HPTMethod(Method):
     """A switch by success count, both kinds in one update (docs/methods/hpt.md)."""
 
-    PUBLISHED = {
-        "grpo": {"surrogate": "unclipped", "advantage": "none", "aggregation": "seq-mean-token-sum-norm", "horizon": 8192}
-    }
+    PUBLISHED = UNCLIPPED_SUM
 
     type: Literal["hpt"]
     lr: float = Field(default=5e-6, gt=0)

@@ -14,26 +14,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from schemas.methods.base import ALL, Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.base import ALL, GroupMethod, Loss, Routing
+from schemas.methods.terms import UNCLIPPED_SUM
 
 
-class LUFFYMethod(Method):
+class LUFFYMethod(GroupMethod):
     """Off-policy guidance: a trace as a member of the group (docs/methods/luffy.md)."""
 
-    PUBLISHED = {
-        "grpo": {"surrogate": "unclipped", "advantage": "none", "aggregation": "seq-mean-token-sum-norm", "horizon": 8192}
-    }
+    PUBLISHED = UNCLIPPED_SUM
 
     type: Literal["luffy"]
     shaping: float = Field(default=0.1, gt=0, description="gamma of f(p) = p / (p + gamma)")
-    grpo: GRPO = GRPO()
 
     def routing(self, round: int) -> Routing:
         return Routing(rl=ALL, union=True)
-
-    def weights(self, step: int) -> Weights:
-        return Weights(grpo=1.0)
 
     @property
     def loss(self) -> Loss:

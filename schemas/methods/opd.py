@@ -12,11 +12,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from schemas.methods.base import ALL, Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.base import GroupMethod, Loss
 
 
-class OPDMethod(Method):
+class OPDMethod(GroupMethod):
     """On-policy distillation from a teacher's log-probs (docs/methods/opd.md)."""
 
     PUBLISHED = {"grpo": {"aggregation": "token-mean"}}
@@ -24,13 +23,6 @@ class OPDMethod(Method):
     type: Literal["opd"]
     teacher: Path = Field(description="a Hugging Face folder with the policy's tokenizer")
     lr: float = Field(default=5e-6, gt=0)
-    grpo: GRPO = GRPO()
-
-    def routing(self, round: int) -> Routing:
-        return Routing(rl=ALL)
-
-    def weights(self, step: int) -> Weights:
-        return Weights(grpo=1.0)
 
     @model_validator(mode="after")
     def _by_token(self) -> "OPDMethod":

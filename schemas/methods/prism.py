@@ -21,25 +21,20 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from schemas.methods.base import ALL, Loss, Method, Routing, Stage, Weights
-from schemas.methods.terms import GRPO, Discriminator
+from schemas.methods.after_sft import AfterSFT
+from schemas.methods.base import ALL, Routing, Stage
+from schemas.methods.terms import Discriminator
 
 
-class PRISMMethod(Method):
+class PRISMMethod(AfterSFT):
     """SFT, adversarial alignment with the teachers' text, RL (docs/methods/prism.md)."""
 
     type: Literal["prism"]
     sft_rounds: int = Field(default=1, ge=0, description="rounds of SFT at first")
     align_rounds: int = Field(default=1, ge=1, description="rounds of alignment after them")
-    sft_lr: float = Field(default=5e-5, gt=0)
-    sft_decay: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="over the SFT rounds; train.optimizer's is of each of the other stages"
-    )
-    sft_warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the SFT steps")
     min_pass_rate: float = Field(default=0.2, ge=0, le=1, description="of a prompt that RL takes")
     max_pass_rate: float = Field(default=0.8, ge=0, le=1, description="of a prompt that RL takes")
     discriminator: Discriminator = Discriminator()
-    grpo: GRPO = GRPO()
 
     @model_validator(mode="after")
     def _a_range(self) -> "PRISMMethod":
@@ -52,30 +47,19 @@ class PRISMMethod(Method):
     def routing(self, round: int) -> Routing:
         if round < self.sft_rounds:
             return Routing(sft=ALL)
-        if round < self.sft_rounds + self.align_rounds:
+        if round < self.rounds_before_rl:
             return Routing(rl=ALL, discriminator=self.discriminator)
         return Routing(rl=ALL, pass_rate=(self.min_pass_rate, self.max_pass_rate))
 
-    def weights(self, step: int) -> Weights:
-        return Weights(sft=1.0, grpo=1.0)  # a round has rows of one kind only
-
     @property
-    def loss(self) -> Loss:
-        return Loss(grpo=self.grpo)
-
-    @property
-    def rates(self) -> dict[str, float]:
-        return {"main": self.lr, "sft": self.sft_lr}
+    def rounds_before_rl(self) -> int:
+        return self.sft_rounds + self.align_rounds
 
     def unused(self, round: int) -> frozenset[str]:
         routed = {"discriminator", "min_pass_rate", "max_pass_rate"}  # in the shards already
-        other = {"lr", "grpo", "align_rounds"} if round < self.sft_rounds else {"sft_lr", "sft_decay", "sft_warmup"}
-        return super().unused(round) | routed | other
+        later = {"align_rounds"} if round < self.sft_rounds else set()
+        return super().unused(round) | routed | later
 
     def stage(self, round: int, rounds: int) -> Stage:
-        aligned = self.sft_rounds + self.align_rounds
-        if round < self.sft_rounds:
-            return Stage(0, self.sft_rounds, "sft", self.sft_decay, self.sft_warmup)
-        if round < aligned:
-            return Stage(self.sft_rounds, self.align_rounds)
-        return Stage(aligned, rounds - aligned)
+        aligned = self.rounds_before_rl
+        return Stage(aligned, rounds - aligned) if round >= aligned else super().stage(round, aligned)

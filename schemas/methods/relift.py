@@ -15,15 +15,13 @@ from typing import Literal
 from pydantic import Field
 
 from schemas.methods.base import ALL, Loss, Method, Queues, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.terms import GRPO, UNCLIPPED_SUM
 
 
 class ReLIFTMethod(Method):
     """RL on all prompts, interleaved with SFT on the hardest (docs/methods/relift.md)."""
 
-    PUBLISHED = {
-        "grpo": {"surrogate": "unclipped", "advantage": "none", "aggregation": "seq-mean-token-sum-norm", "horizon": 8192}
-    }
+    PUBLISHED = UNCLIPPED_SUM
 
     type: Literal["relift"]
     sft_lr: float = Field(default=1e-6, gt=0, description="of the second optimizer")

@@ -10,45 +10,16 @@ Published: SFT 5e-5 cosine to 0.1, 10 % warm-up, batch 64; RL 1e-6 constant, cli
 
 from typing import Literal
 
-from pydantic import Field
-
-from schemas.methods.base import ALL, Loss, Method, Routing, Stage, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.after_sft import AfterSFT
+from schemas.methods.base import ALL, Routing
 
 
-class SFTThenRLMethod(Method):
+class SFTThenRLMethod(AfterSFT):
     """Supervised first, on-policy afterwards (docs/methods/sft_then_rl.md)."""
 
     PUBLISHED = {"grpo": {"clip_high": 0.28, "advantage": "none", "aggregation": "token-mean"}}
 
     type: Literal["sft_then_rl"]
-    sft_rounds: int = Field(default=1, ge=1, description="rounds of SFT before the first with rollouts")
-    sft_lr: float = Field(default=5e-5, gt=0)
-    sft_decay: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="over the SFT rounds; train.optimizer's is the RL rounds'"
-    )
-    sft_warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the SFT steps")
-    grpo: GRPO = GRPO()
 
     def routing(self, round: int) -> Routing:
         return Routing(sft=ALL) if round < self.sft_rounds else Routing(rl=ALL)
-
-    def weights(self, step: int) -> Weights:
-        return Weights(sft=1.0, grpo=1.0)  # a round has rows of one kind only
-
-    @property
-    def loss(self) -> Loss:
-        return Loss(grpo=self.grpo)
-
-    @property
-    def rates(self) -> dict[str, float]:
-        return {"main": self.lr, "sft": self.sft_lr}
-
-    def stage(self, round: int, rounds: int) -> Stage:
-        if round < self.sft_rounds:
-            return Stage(0, self.sft_rounds, "sft", self.sft_decay, self.sft_warmup)
-        return Stage(self.sft_rounds, rounds - self.sft_rounds)
-
-    def unused(self, round: int) -> frozenset[str]:
-        other = {"lr", "grpo"} if round < self.sft_rounds else {"sft_lr", "sft_decay", "sft_warmup"}
-        return super().unused(round) | other

@@ -87,3 +87,9 @@ class Discriminator(Model):
     steps: int = Field(default=200, ge=1, description="of gradient descent, over all pairs")
     l2: float = Field(default=1e-4, ge=0, lt=1, description="weight of |w|^2 / 2")
     prompts: int = Field(default=512, ge=1, description="of a fold: so many are learned from, at most")
+
+
+# The policy gradient of LUFFY's code, which HPT and ReLIFT are forks of: centred, not clipped, summed over a constant horizon
+UNCLIPPED_SUM = {
+    "grpo": {"surrogate": "unclipped", "advantage": "none", "aggregation": "seq-mean-token-sum-norm", "horizon": 8192}
+}

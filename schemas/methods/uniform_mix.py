@@ -11,15 +11,13 @@ from typing import Literal
 from pydantic import Field
 
 from schemas.methods.base import ALL, Loss, Method, Routing, Weights
-from schemas.methods.terms import GRPO
+from schemas.methods.terms import GRPO, UNCLIPPED_SUM
 
 
 class UniformMixMethod(Method):
     """A policy gradient and a supervised loss on every prompt (docs/methods/uniform_mix.md)."""
 
-    PUBLISHED = {
-        "grpo": {"surrogate": "unclipped", "advantage": "none", "aggregation": "seq-mean-token-sum-norm", "horizon": 8192}
-    }
+    PUBLISHED = UNCLIPPED_SUM
 
     type: Literal["uniform_mix"]
     sft_weight: float = Field(default=1.0, ge=0)
