@@ -512,13 +512,13 @@ def explained(e: ValidationError, root: type[BaseModel]) -> list[str]:
             near = difflib.get_close_matches(str(err["loc"][-1]), _known_keys(err["loc"][:-1], root), n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             known = ", ".join(_known_keys(err["loc"][:-1], root))
-            lines.append(f"  {key}: unknown key{hint} Known here: {known}")
+            lines.append(f"  {key}: unknown key{hint or '.'} Known here: {known}")
         elif err["type"] == "union_tag_invalid":
             said = err.get("ctx", {})
             tag, tags = str(said.get("tag")), str(said.get("expected_tags")).replace("'", "")
             near = difflib.get_close_matches(tag, tags.split(", "), n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            lines.append(f"  {key}.type: '{tag}' is not known{hint} Known here: {tags}")
+            lines.append(f"  {key}.type: '{tag}' is not known{hint or '.'} Known here: {tags}")
         elif err["type"] == "union_tag_not_found":
             lines.append(f"  {key}: needs a `type` ({_tags(err['loc'], root)})")
         else:
