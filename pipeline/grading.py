@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipeline import skips
 from pipeline.context import Context
 from pipeline.rating import Rating
+from pipeline.stages import fits
 from pipeline.stages.generate import round_prompt_ids
 from pipeline.store import (
     ROW_GROUP,
@@ -82,6 +83,13 @@ def curriculum_text(curriculum: str | Path) -> str | None:
     if curriculum == "uniform":
         return None
     return query_text(curriculum if isinstance(curriculum, Path) else None, f"curriculum/{curriculum}")
+
+
+def adjust_texts(method: Method) -> list[tuple[str, str, bool]]:
+    """(name, query, whether it is the user's own) of each of a method's adjustments."""
+    own = [isinstance(a, Path) for a in method.adjust]
+    texts = [query_text(a if isinstance(a, Path) else None, f"adjust/{a}") for a in method.adjust]
+    return list(zip(map(str, method.adjust), texts, own, strict=True))
 
 
 def routing_parameters(method: Method, round: int) -> dict[str, Any]:
@@ -214,6 +222,15 @@ class Grading:
         )  # fmt: skip
         self._routing_is_own = method.query is not None
         self._write_routed("routed", batches)
+        for at, (adjustment, text, own) in enumerate(adjust_texts(method)):
+            name = f"{name} with {adjustment}"
+            self._routing_is_own |= own
+            self._offer(text)
+            rows = self._select(
+                text, ROUTED, "shards", adjustment, own=self._routing_is_own, round=self.round, k=self.ctx.recipe.rollouts.k,
+                max_tokens=g.max_tokens, advantage=routing["advantage"], eps=routing["eps"],
+            )  # fmt: skip
+            self._write_routed(f"adjusted-{at}", rows)
         if routing["graded"] and (text := curriculum_text(g.curriculum)) is not None:  # without grades all weigh the same
             name = f"{name} with curriculum {g.curriculum}"
             own = isinstance(g.curriculum, Path)
@@ -224,6 +241,19 @@ class Grading:
             weighted = self._select(sql("weighted"), ROUTED, "shards", "weighted.sql", own=self._routing_is_own)
             self._write_routed("weighted", weighted)
         self._refuse_offenders("shards", name, self._routing_is_own)
+
+    def _offer(self, text: str) -> None:
+        """What an adjustment reads that is of no prompt by itself, or has to be computed by the policy: coverage, fits."""
+        if "coverage" in text:
+            self._con.execute(f"create or replace table coverage as {sql('coverage')}")
+        if "fits" in text:
+            view_parts(self._con, "fit_logprobs", fits.stored(self.ctx, self.round), ARROW["logprobs"])
+            self._con.execute(f"create or replace view fits as {sql('fits')}")
+
+    def fitting(self) -> Iterator[pa.RecordBatch]:
+        """Trace id, prompt and tokens of every verified trace of the round's prompts that fits, in the order of ids."""
+        self._ordered_by_the_query(True)
+        yield from stream(self._con, sql("fitting"), ROW_GROUP, max_tokens=self.ctx.recipe.grade.max_tokens)
 
     def _write_routed(self, name: str, batches: Iterable[pa.RecordBatch]) -> None:
         """What is routed from now on."""

@@ -13,7 +13,7 @@ from pipeline import skips
 from pipeline.context import Context
 from pipeline.flow import due_for_eval, final_step
 from pipeline.stage import Spec, changes, found_fingerprint
-from pipeline.stages import evaluate, generate, grade, ingest, logprobs, score, train
+from pipeline.stages import evaluate, fits, generate, grade, ingest, logprobs, score, train
 from pipeline.store import partitions, read_parts
 from schemas.errors import UserError
 from schemas.methods import Role
@@ -86,6 +86,8 @@ class _Plan:
             traces = None if train_rows is None or t.engine.type == "replay" else train_rows * t.samples
             self.score("trace", "traces", {"teacher": t.name}, traces)
         self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts if groups else 0)
+        if fits.needed(ctx):
+            self.look("logprobs", "logprobs", {**key, "role": fits.ROLE}, lambda: fits.spec(ctx, n), after=sampled)
         if r.train.method.routing(n).discriminator is not None:
             self.look("ratings", "ratings", key, lambda: self.rating_spec(n))
         for route in ("rl", "sft"):

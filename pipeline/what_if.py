@@ -45,7 +45,7 @@ def _then(target: Path, overrides: list[str], settings: list[str], now: Context)
     if _ungraded(then.recipe) != _ungraded(now.recipe):
         raise UserError(
             f"--what-if {', '.join(settings)}: a grading reads grade.*, k, teachers, and of train.method "
-            "query, supervise, grpo.advantage and eps, nothing else; what another key would do, `dypo plan --set KEY=VALUE` says"
+            "query, adjust, supervise, grpo.advantage and eps, nothing else; what another key would do, `dypo plan --set KEY=VALUE` says"
         )
     known = {t.name: t for t in then.recipe.teachers}
     for item in settings:
@@ -66,7 +66,7 @@ def _ungraded(recipe: Recipe) -> dict[str, Any]:
             "grade": True,
             "teachers": True,
             "rollouts": {"k"},
-            "train": {"method": {"query": True, "supervise": True, "grpo": {"advantage", "eps"}}},
+            "train": {"method": {"query": True, "adjust": True, "supervise": True, "grpo": {"advantage", "eps"}}},
         },
     )
 

@@ -29,7 +29,7 @@ def reference_logprobs(
     *,
     finished: frozenset[str] = frozenset(),
 ) -> Iterator[pa.Table]:
-    """Tables (item_id, logprobs, temperature) for the rl rows of a shard table, under the model in a folder.
+    """Tables (item_id, logprobs, temperature) for the rows of a shard table, under the model in a folder.
 
     Whoever goes on after an interruption passes all rows again and the item ids that are done: batches are planned from all
     rows, so the numbers are bitwise those of an undisturbed run. A table has about REFERENCE_ROWS rows, whole groups.
@@ -37,8 +37,7 @@ def reference_logprobs(
     shards = Shards(rows, None)
     keys: dict[str, list[tuple[str, str]]] = {}
     for route, prompt, item in sorted(zip(*(rows[n].to_pylist() for n in ("route", "prompt_id", "item_id")), strict=True)):
-        if route == "rl":
-            keys.setdefault(prompt, []).append((route, item))
+        keys.setdefault(prompt, []).append((route, item))
     chunk: list[list[tuple[str, str]]] = []
     model: PolicyLM | None = None
     for at, group in enumerate(keys.values(), start=1):

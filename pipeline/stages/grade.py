@@ -7,16 +7,18 @@ only when every check on them has passed.
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import skips
 from pipeline.context import Context
-from pipeline.grading import Grading, curriculum_text, query_text, routing_parameters, scratch
+from pipeline.grading import Grading, adjust_texts, curriculum_text, query_text, routing_parameters, scratch
 from pipeline.rows_digest import digest_column
 from pipeline.stage import Outcome, Spec, changes, current, need, nothing, place_parts, restore
+from pipeline.stages import fits
 from pipeline.stages.generate import round_prompt_ids
+from pipeline.stages.logprobs import LogProbs
 from schemas.errors import UserError
 from schemas.ids import digest
 
@@ -74,12 +76,28 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
     }
     if config["rated"] and (rated := ctx.part("ratings", round=round).manifest()) is not None:
         parents[f"ratings/round={round}"] = rated.identity
+    read = [text for _, text, _ in adjust_texts(method)]
+    if read:
+        config["adjust"] = [digest(text) for text in read]
     if config["graded"] and (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
         config["curriculum"] = digest(weights)
-        if "earlier_grades" in weights:
-            earlier = {n: ctx.part("grades", round=n).manifest() for n in range(round)}
-            parents |= {f"grades/round={n}": m.identity for n, m in earlier.items() if m is not None}
+        read.append(weights)
+    parents |= _also_read(ctx, round, " ".join(read))
     return Spec("route", ctx.part("shards", round=round, route=route), config, parents, 0)
+
+
+def _also_read(ctx: Context, round: int, text: str) -> dict[str, str]:
+    """What queries over the routed rows read of other rounds, and of the policy."""
+    parts = [ctx.part("grades", round=n) for n in range(round) if "earlier_grades" in text]
+    if "scores" in text:  # the rollouts of earlier rounds
+        parts += [
+            part
+            for n in range(round)
+            for part in (ctx.part("rollouts", round=n), ctx.part("scores", kind="rollout", round=n))
+        ]
+    if "fits" in text:
+        parts.append(ctx.part("logprobs", round=round, role=fits.ROLE))
+    return {part.label: m.identity for part in parts if (m := part.manifest()) is not None}
 
 
 def rating_specs(ctx: Context, round: int, grades: str) -> list[Spec]:
@@ -91,26 +109,28 @@ def rating_specs(ctx: Context, round: int, grades: str) -> list[Spec]:
     return [Spec("ratings", ctx.part("ratings", round=round), config, {f"grades/round={round}": grades}, ctx.recipe.seed)]
 
 
-def run(ctx: Context, round: int) -> list[Outcome]:
-    """Grades one round and routes it."""
+def run(ctx: Context, round: int, trainer: Callable[[], LogProbs] | None = None) -> list[Outcome]:
+    """Grades one round and routes it. trainer: brings the log-probs that an adjustment reads; None: they have to be stored already."""
     _need_inputs(ctx, round)
     _refuse_unreliable_verdicts(ctx, round)
     _refuse_old_skips(ctx, round)
     it = grade_spec(ctx, round)
     restore(it)
-    if current(it) and all(current(r) for r in _rest(ctx, round, it)):
-        return [nothing(it), *(nothing(r) for r in _rest(ctx, round, it))]
+    fit = [fits.spec(ctx, round)] if fits.needed(ctx) else []
+    if current(it) and all(current(r) for r in (*fit, *_rest(ctx, round, it))):
+        return [nothing(r) for r in (it, *fit, *_rest(ctx, round, it))]
     for left in ctx.run.glob(".grading.*.tmp"):
         shutil.rmtree(left)
     with scratch(ctx.run) as folder:
         grading = Grading(ctx, round, folder)
         graded = nothing(it) if current(it) else _grade(it, grading)
         grading.use_grades(it.partition.files())
+        fitted = [fits.run(ctx, round, grading.fitting(), trainer)] if fit and trainer else []
         rated = [_rate(r, grading) for r in _rating_specs(ctx, round, it)]
         routes = _route_specs(ctx, round, it)
         if all(current(r) for r in routes):
-            return [graded, *rated, *(nothing(r) for r in routes)]
-        return [graded, *rated, *_route(routes, grading)]
+            return [graded, *fitted, *rated, *(nothing(r) for r in routes)]
+        return [graded, *fitted, *rated, *_route(routes, grading)]
 
 
 def grade_now(ctx: Context, round: int, folder: Path, scores: Sequence[Path] = ()) -> tuple[list[Path], Path]:

@@ -82,14 +82,18 @@ def run(ctx: Context, round: int, role: Role, trainer: LogProbs) -> Outcome:
         return nothing(it)
     it.partition.folder.mkdir(parents=True, exist_ok=True)
     with progress(it.partition.label, rl.num_rows, len(done)) as bar:
-        for source_round, (folder, model) in policies(ctx, round, role).items() if left else ():
+        by_round = policies(ctx, round, role) if left else {}
+        for folder, model in sorted(set(by_round.values())):
             ctx.verify_policy(folder)
+            mine = [n for n, policy in by_round.items() if policy == (folder, model)]
+            others = rl.filter(~pc.field("source_round").isin(mine))[
+                "item_id"
+            ].to_pylist()  # of groups with rows of several rounds
             batches = trainer.reference_logprobs(  # planned from all rows, so that a resumed stage computes the same batches
-                folder, rl.filter(pc.field("source_round") == source_round), ctx.recipe.policy,
-                ctx.recipe.train.micro_batch_tokens, finished=frozenset(done),
+                folder, rl, ctx.recipe.policy, ctx.recipe.train.micro_batch_tokens, finished=frozenset(done).union(others),
             )  # fmt: skip
             for got in batches:
-                it.partition.write(_as_rows(got, {"round": round, "role": role, "model": model}), it.fingerprint)
+                it.partition.write(as_rows(got, {"round": round, "role": role, "model": model}), it.fingerprint)
                 bar.advance(got.num_rows)
     return finish(it, started=started)
 
@@ -99,7 +103,8 @@ def read(ctx: Context, round: int, roles: Iterable[Role]) -> dict[str, pa.Table]
     return {role: read_parts(ctx.part("logprobs", round=round, role=role).files(), "logprobs") for role in roles}
 
 
-def _as_rows(got: pa.Table, constant: dict[str, str | int]) -> pa.Table:
+def as_rows(got: pa.Table, constant: dict[str, str | int]) -> pa.Table:
+    """What the trainer computed as rows of `logprobs`."""
     return pa.table(
         {n: got.column(n) if n in got.column_names else [constant[n]] * got.num_rows for n in ARROW["logprobs"].names}
     )

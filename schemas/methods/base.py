@@ -20,6 +20,9 @@ from schemas.model import Model, merge
 
 Grade = Literal["easy", "mid", "hard"]
 Role = Literal["old", "ref", "teacher"]
+Adjustment = Literal[
+    "leave_one_out", "earlier_rollouts", "posterior", "teacher_by_fit", "teacher_by_coverage", "teacher_by_round"
+]
 ALL: tuple[Grade, ...] = ("easy", "mid", "hard")
 
 
@@ -113,6 +116,9 @@ class Method(Model, ABC):
     query: Path | None = Field(
         default=None, description="a routing .sql file of yours with the columns of shards but the lists"
     )
+    adjust: tuple[Adjustment | Path, ...] = Field(
+        default=(), description="queries over the routed rows, one after the other (docs/adjust.md); or .sql files of yours"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -160,7 +166,7 @@ class Method(Model, ABC):
 
     def unused(self, round: int) -> frozenset[str]:
         """Its keys that a round's training does not read, so that changing one does not make that round another."""
-        return frozenset({"query"})
+        return frozenset({"query", "adjust"})
 
     def stage(self, round: int, rounds: int) -> Stage:
         """The stage that a round of a run of so many belongs to: the whole run, if a method has one."""
