@@ -165,7 +165,8 @@ def _claim(eq: dict[str, Any], weights: dict[str, float]) -> str:
         f"if the two were independent: {_cell(eq['if_independent'])}; noise correlation {_cell(eq['noise_correlation'])}, "
         f"cosine of the means {_cell(eq['cosine'])}\n"
         f"noise / signal: GRPO {_cell(eq['noise_to_signal_grpo'])}, mix {_cell(eq['noise_to_signal_mix'])}; "
-        f"mix over GRPO {_cell(nts)}\n{verdict}; {relative}."
+        f"mix over GRPO {_cell(nts)}\n"
+        f"least at alpha {_cell(eq['best_alpha'])}, where it is {_cell(eq['noise_to_signal_best'])} of GRPO's\n{verdict}; {relative}."
     )
 
 

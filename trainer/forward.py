@@ -28,8 +28,9 @@ def reference_logprobs(
     micro_batch_tokens: int,
     *,
     finished: frozenset[str] = frozenset(),
+    of: str = "rl",
 ) -> Iterator[pa.Table]:
-    """Tables (item_id, logprobs, temperature) for the rows of a shard table, under the model in a folder.
+    """Tables (item_id, logprobs, temperature) for the rows of a shard table whose route is `of`, under the model in a folder.
 
     Whoever goes on after an interruption passes all rows again and the item ids that are done: batches are planned from all
     rows, so the numbers are bitwise those of an undisturbed run. A table has about REFERENCE_ROWS rows, whole groups.
@@ -37,7 +38,8 @@ def reference_logprobs(
     shards = Shards(rows, None)
     keys: dict[str, list[tuple[str, str]]] = {}
     for route, prompt, item in sorted(zip(*(rows[n].to_pylist() for n in ("route", "prompt_id", "item_id")), strict=True)):
-        keys.setdefault(prompt, []).append((route, item))
+        if route == of:
+            keys.setdefault(prompt, []).append((route, item))
     chunk: list[list[tuple[str, str]]] = []
     model: PolicyLM | None = None
     for at, group in enumerate(keys.values(), start=1):

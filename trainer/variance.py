@@ -129,8 +129,12 @@ def eq19(of: Moments, grpo: float, gal: float) -> dict[str, Interval]:
     """What the paper's Eq. 19 is about, measured. `of` has the mix; grpo and gal are its weights.
 
     variance_ratio: tr Cov(mix) / tr Cov(GRPO). if_independent: what it would be without correlation between the two.
+    best_alpha: of a GRPO + (1 - a) GAL, the a with the least noise / signal (in hundredths); noise_to_signal_best: that over GRPO's.
     """
     r, m = noise_to_signal(of, "grpo"), noise_to_signal(of, "mix")
+    alphas = np.linspace(1, 0, 101)  # of equals the one nearest to GRPO
+    by_alpha = np.array([np.nan_to_num(noise_to_signal(with_mix(of, a, 1 - a), "mix"), nan=np.inf) for a in alphas])
+    best_R = by_alpha.min(0)
     return {
         "variance_ratio": interval(ratio(of.noise["mix", "mix"], of.noise["grpo", "grpo"]), 0),
         "if_independent": interval(grpo**2 + gal**2 * ratio(of.noise["gal", "gal"], of.noise["grpo", "grpo"]), 0),
@@ -139,6 +143,8 @@ def eq19(of: Moments, grpo: float, gal: float) -> dict[str, Interval]:
         "noise_to_signal_grpo": interval(r, 0),
         "noise_to_signal_mix": interval(m, 0),
         "noise_to_signal_ratio": interval(ratio(m, r), 0),
+        "best_alpha": interval(np.where(np.isfinite(best_R), alphas[by_alpha.argmin(0)], np.nan), 0, 1),
+        "noise_to_signal_best": interval(ratio(best_R, r), 0, 1),
     }
 
 

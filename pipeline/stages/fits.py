@@ -53,7 +53,7 @@ def run(ctx: Context, round: int, fitting: Iterable[pa.RecordBatch], trainer: Ca
     with progress(it.partition.label, rows.num_rows, len(done)) as bar:
         if rows.num_rows > len(done):
             for got in trainer().reference_logprobs(
-                folder, rows, ctx.recipe.policy, ctx.recipe.train.micro_batch_tokens, finished=frozenset(done)
+                folder, rows, ctx.recipe.policy, ctx.recipe.train.micro_batch_tokens, finished=frozenset(done), of="sft"
             ):
                 it.partition.write(as_rows(got, {"round": round, "role": ROLE, "model": model}), it.fingerprint)
                 bar.advance(got.num_rows)

@@ -31,7 +31,14 @@ class LogProbs(Protocol):
     """What the trainer brings."""
 
     def reference_logprobs(
-        self, model_dir: Path, rows: pa.Table, policy: Any, micro_batch_tokens: int, *, finished: frozenset[str]
+        self,
+        model_dir: Path,
+        rows: pa.Table,
+        policy: Any,
+        micro_batch_tokens: int,
+        *,
+        finished: frozenset[str],
+        of: str = "rl",
     ) -> Iterator[pa.Table]: ...
 
 

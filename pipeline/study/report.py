@@ -316,19 +316,26 @@ def _probes(found: Results) -> list[Block]:
     probe = found.plan.study.probe
     if probe is None:
         return []
-    names = ("variance_ratio", "if_independent", "noise_correlation", "noise_to_signal_ratio")
+    names = (
+        "variance_ratio",
+        "if_independent",
+        "noise_correlation",
+        "noise_to_signal_ratio",
+        "best_alpha",
+        "noise_to_signal_best",
+    )
     rows = []
     for cell in [c for c in found.cells if (c.method, c.seed) == (probe.method, probe.seed)]:
         for told in cells.probes(found.plan, cell):
             where, parts, eq = [cell.world, cell.base, str(told["round"])], told["components"], told["eq19"]
             if eq is None:
-                rows.append([*where, "too few Mid prompts", *("" for _ in range(6))])
+                rows.append([*where, "too few Mid prompts", *("" for _ in range(8))])
             else:
                 of_each = (_measured(parts[c]["trace_cov"]) for c in ("grpo", "gal", "mix"))
                 rows.append([*where, *of_each, *(_measured(eq[n]) for n in names)])
     head = (
         "world", "base", "round", "tr Cov GRPO", "tr Cov GAL", "tr Cov mix", "mix / GRPO", "if independent",
-        "noise correlation", "mix over GRPO, noise / signal",
+        "noise correlation", "mix over GRPO, noise / signal", "alpha of the least", "there over GRPO",
     )  # fmt: skip
     words = f"Paper Eq. 19, measured by `dypo probe variance` on {probe.method}'s stored rows, seed {probe.seed} (docs/probe.md)."
     return [Heading("Gradient variance"), Text(words), Table(head, rows) if rows else Text("Not measured yet.")]

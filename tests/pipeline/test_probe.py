@@ -25,6 +25,8 @@ def found(**changes: Any) -> dict[str, Any]:
         "noise_to_signal_grpo": cell(4, 2, None),
         "noise_to_signal_mix": cell(5, 3, None),
         "noise_to_signal_ratio": cell(1.25, 0.5, 2),
+        "best_alpha": cell(0.75, 0.25, 1),
+        "noise_to_signal_best": cell(0.96875, 0.875, 1),
     }
     result = {
         "round": 3,

@@ -126,6 +126,24 @@ def test_the_noise_to_signal_ratio_does_not_change_with_the_scale_of_a_loss() ->
     assert vars(same["noise_to_signal_ratio"]) == pytest.approx({"value": 1, "ci_low": 1, "ci_high": 1})  # ... and is it
 
 
+def test_the_best_alpha_has_the_least_noise_to_signal_of_all_mixes() -> None:
+    given = {
+        name: drawn(400, np.random.default_rng(seed))["grpo"] for name, seed in (("grpo", 8), ("gal", 9))
+    }  # independent
+    weights = resample_weights(400, seed=0, resamples=40)
+    of = moments(given, weights)
+    tried = {a / 100: float(noise_to_signal(with_mix(of, a / 100, 1 - a / 100), "mix")[0]) for a in range(101)}
+    found = eq19(with_mix(of, 0.5, 0.5), 0.5, 0.5)
+    best = min(tried, key=lambda a: tried[a])
+    assert found["best_alpha"].value == pytest.approx(best)
+    assert 0.4 < best < 0.6
+    assert found["noise_to_signal_best"].value == pytest.approx(tried[best] / tried[1.0])
+    same = moments({"grpo": given["grpo"], "gal": 2 * given["grpo"]}, weights)  # every mix is GRPO: nothing to choose
+    assert vars(eq19(with_mix(same, 0.5, 0.5), 0.5, 0.5)["noise_to_signal_best"]) == pytest.approx(
+        {"value": 1, "ci_low": 1, "ci_high": 1}
+    )
+
+
 STATISTICS: dict[str, Callable[[Moments], np.ndarray]] = {
     "tr Cov": lambda of: of.noise["grpo", "grpo"],
     "signal": lambda of: of.signal["grpo", "grpo"],
