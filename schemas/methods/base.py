@@ -21,7 +21,7 @@ from schemas.model import Model, merge
 Grade = Literal["easy", "mid", "hard"]
 Role = Literal["old", "ref", "teacher"]
 Adjustment = Literal[
-    "leave_one_out", "earlier_rollouts", "posterior", "teacher_by_fit", "teacher_by_coverage", "teacher_by_round"
+    "contrast", "leave_one_out", "earlier_rollouts", "posterior", "teacher_by_fit", "teacher_by_coverage", "teacher_by_round"
 ]
 ALL: tuple[Grade, ...] = ("easy", "mid", "hard")
 
