@@ -90,7 +90,7 @@ select
     w_sft, w_grpo, w_gal
 from shards
 where prompt_id = $id
-order by round, route, teacher, sample
+order by round, route, teacher, source_round, sample
 """
 DRAWS = """
 select round, step, position, item_id, route, teacher, age, log_ratio, kl, clip_fraction

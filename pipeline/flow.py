@@ -37,6 +37,8 @@ def refresh(
         yield from scored
         if ctx.recipe.rollouts.sequential is None or (drawn.added == 0 and scored[0].action == "nothing"):
             break  # else new verdicts may ask for more draws
+    if grade.fits_wanted(ctx, round):
+        vllm.shut_down()  # the trainer's forward takes its memory
     yield from grade.run(ctx, round, trainer)
 
 

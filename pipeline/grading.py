@@ -8,6 +8,7 @@ Left out: fingerprints and partitions.
 """
 
 import math
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,16 @@ def curriculum_text(curriculum: str | Path) -> str | None:
     if curriculum == "uniform":
         return None
     return query_text(curriculum if isinstance(curriculum, Path) else None, f"curriculum/{curriculum}")
+
+
+def tables_read(text: str) -> set[str]:
+    """The tables and views that a query names; none of one that DuckDB cannot parse, which is told where it is run."""
+    import duckdb
+
+    try:
+        return duckdb.connect().get_table_names(re.sub(r"\$\w+", "null", text))
+    except duckdb.Error:
+        return set()
 
 
 def adjust_texts(method: Method) -> list[tuple[str, str, bool]]:
@@ -229,6 +240,7 @@ class Grading:
             rows = self._select(
                 text, ROUTED, "shards", adjustment, own=self._routing_is_own, round=self.round, k=self.ctx.recipe.rollouts.k,
                 max_tokens=g.max_tokens, advantage=routing["advantage"], eps=routing["eps"],
+                hard_max_successes=g.hard_max_successes, easy_max_failures=g.easy_max_failures,
             )  # fmt: skip
             self._write_routed(f"adjusted-{at}", rows)
         if routing["graded"] and (text := curriculum_text(g.curriculum)) is not None:  # without grades all weigh the same
@@ -244,11 +256,12 @@ class Grading:
 
     def _offer(self, text: str) -> None:
         """What an adjustment reads that is of no prompt by itself, or has to be computed by the policy: coverage, fits."""
-        if "coverage" in text:
+        read = tables_read(text)
+        if "coverage" in read:
             self._con.execute(f"create or replace table coverage as {sql('coverage')}")
-        if "fits" in text:
+        if "fits" in read:
             view_parts(self._con, "fit_logprobs", fits.stored(self.ctx, self.round), ARROW["logprobs"])
-            self._con.execute(f"create or replace view fits as {sql('fits')}")
+            self._con.execute(f"create or replace table fits as {sql('fits')}")
 
     def fitting(self) -> Iterator[pa.RecordBatch]:
         """Trace id, prompt and tokens of every verified trace of the round's prompts that fits, in the order of ids."""

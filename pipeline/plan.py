@@ -86,8 +86,9 @@ class _Plan:
             traces = None if train_rows is None or t.engine.type == "replay" else train_rows * t.samples
             self.score("trace", "traces", {"teacher": t.name}, traces)
         self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts if groups else 0)
-        if fits.needed(ctx):
-            self.look("logprobs", "logprobs", {**key, "role": fits.ROLE}, lambda: fits.spec(ctx, n), after=sampled)
+        for t in r.teachers if grade.fits_wanted(ctx, n) else ():
+            keys = {**key, "role": f"fit-{t.name}"}
+            self.look("logprobs", "logprobs", keys, lambda t=t: fits.spec(ctx, n, t.name), after=sampled)
         if r.train.method.routing(n).discriminator is not None:
             self.look("ratings", "ratings", key, lambda: self.rating_spec(n))
         for route in ("rl", "sft"):

@@ -165,7 +165,7 @@ def _changed_method(ctx: Context, run: Path, round: int, overrides: list[str]) -
     changed = load(run, overrides)
     if route_spec(changed, round, "rl", "").config != route_spec(ctx, round, "rl", "").config:
         raise UserError(
-            f"--set {' '.join(overrides)}: would route the round anew (query, advantages), and replay keeps the rows. To see "
+            f"--set {' '.join(overrides)}: would route the round anew (query, adjust, advantages), and replay keeps the rows. To see "
             f"that, `dypo grade` and `dypo train` a copy of the run"
         )
     if changed.recipe.train.adapter != ctx.recipe.train.adapter:

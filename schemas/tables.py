@@ -256,9 +256,9 @@ logprobs = Table(
         C(
             "role",
             S,
-            "old: the policy that sampled, in the trainer's forward | ref: the run's base policy | teacher: the distilled one | fit: of traces, the round's policy",
+            "old: the policy that sampled, in the trainer's forward | ref: the run's base policy | teacher: the distilled one | fit-TEACHER: of traces, the round's policy",
         ),
-        C("item_id", S, "the shard row; of role fit the trace"),
+        C("item_id", S, "the shard row; of roles fit-TEACHER the trace"),
         C("model", S, "content id of the model"),
         C("temperature", F64, "temperature applied to the logits"),
         C("logprobs", LOGPS, "one per response token"),

@@ -35,7 +35,7 @@ def reference_logprobs(
     Whoever goes on after an interruption passes all rows again and the item ids that are done: batches are planned from all
     rows, so the numbers are bitwise those of an undisturbed run. A table has about REFERENCE_ROWS rows, whole groups.
     """
-    shards = Shards(rows, None)
+    shards = Shards(rows, partial=True)
     keys: dict[str, list[tuple[str, str]]] = {}
     for route, prompt, item in sorted(zip(*(rows[n].to_pylist() for n in ("route", "prompt_id", "item_id")), strict=True)):
         if route == of:

@@ -49,6 +49,10 @@ from trainer.variance import (
 
 MIN_PROMPTS = 10  # below, a bootstrap interval over prompts says too little (docs/probe.md has its coverage)
 SPLITS = 4  # random halvings of a group
+ADJUSTED = {
+    "leave_one_out",
+    "earlier_rollouts",
+}  # groups whose halves would be other than they are: no sampling noise of them
 Part = tuple[Sequence[int], Unit]  # some rows of a unit (their places, and the rows), as a group of their own
 
 
@@ -110,7 +114,7 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
     halves = Halves()
     for done, visit in enumerate(visits):
         unit = shards.rows(visit.items)
-        splits = _splits(unit, job) if visit.route == "rl" else []
+        splits = _splits(unit, job) if visit.route == "rl" and not ADJUSTED & set(method.adjust) else []
         parts: list[Part] = [(range(len(unit)), unit)]
         parts += [_half(unit, at, loss) for pair in splits for at in pair]
         gradients = part_gradients(model, unit, parts, names[visit.route], loss)
@@ -124,6 +128,7 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
         job.tell(done + 1, len(visits))
     return {
         "min_prompts": MIN_PROMPTS,
+        "adjusted": sorted(ADJUSTED & set(map(str, method.adjust))),
         "parameters": parameters,
         "sketch": None if sketch.exact else sketch.width,
         "gated": {route: gated[route] for route in ("rl", "sft")},

@@ -66,7 +66,8 @@ class Row:
 class Shards:
     """A round's shard table, and the stored log-probs of the roles that the method reads (None: it does not).
 
-    mask_truncated: rollouts that were cut at max_tokens are `masked`. pairs: the method's gal.pairs.
+    mask_truncated: rollouts that were cut at max_tokens are `masked`. pairs: the method's gal.pairs. partial: groups need not be whole,
+    for a forward that looks at each row by itself.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Shards:
         *,
         mask_truncated: bool = False,
         pairs: str = "correct",
+        partial: bool = False,
     ) -> None:
         self.table = shards.combine_chunks()
         self._at: dict[Key, int] = {}
@@ -91,7 +93,7 @@ class Shards:
         self._role_at = {
             role: {item: at for at, item in enumerate(t["item_id"].to_pylist())} for role, t in self._roles.items()
         }
-        _check(self.table)
+        _check(self.table, partial)
         for role in self._roles:
             self._check_role(role)
 
@@ -171,7 +173,7 @@ def _numbers(cell: pa.ListScalar, dtype: type) -> np.ndarray:
     return cell.values.to_numpy(zero_copy_only=False).astype(dtype)
 
 
-def _check(shards: pa.Table) -> None:
+def _check(shards: pa.Table, partial: bool) -> None:
     """What the objective assumes of a shard. Raises UserError naming the first row or group that breaks it."""
     groups: dict[str, list[tuple[int, float]]] = {}
     prompts = _lengths(shards["prompt_tokens"])
@@ -190,7 +192,7 @@ def _check(shards: pa.Table) -> None:
             if temperature <= 0:
                 raise UserError(f"shards: item {item} was sampled at temperature {temperature}; training needs above 0")
             groups.setdefault(prompt, []).append((size, w_gal))
-    for prompt, rows in groups.items():
+    for prompt, rows in () if partial else groups.items():
         members = len(rows) + (prompt in with_trace)
         if any(size != members for size, _ in rows):
             raise UserError(

@@ -133,7 +133,8 @@ def eq19(of: Moments, grpo: float, gal: float) -> dict[str, Interval]:
     """
     r, m = noise_to_signal(of, "grpo"), noise_to_signal(of, "mix")
     alphas = np.linspace(1, 0, 101)  # of equals the one nearest to GRPO
-    by_alpha = np.array([np.nan_to_num(noise_to_signal(with_mix(of, a, 1 - a), "mix"), nan=np.inf) for a in alphas])
+    by_alpha = np.array([noise_to_signal(with_mix(of, a, 1 - a), "mix") for a in alphas])
+    by_alpha[np.isnan(by_alpha)] = np.inf
     best_R = by_alpha.min(0)
     return {
         "variance_ratio": interval(ratio(of.noise["mix", "mix"], of.noise["grpo", "grpo"]), 0),
@@ -144,7 +145,7 @@ def eq19(of: Moments, grpo: float, gal: float) -> dict[str, Interval]:
         "noise_to_signal_mix": interval(m, 0),
         "noise_to_signal_ratio": interval(ratio(m, r), 0),
         "best_alpha": interval(np.where(np.isfinite(best_R), alphas[by_alpha.argmin(0)], np.nan), 0, 1),
-        "noise_to_signal_best": interval(ratio(best_R, r), 0, 1),
+        "noise_to_signal_best": interval(np.where(np.isfinite(best_R + r), ratio(best_R, r), np.nan), 0, 1),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import skips
 from pipeline.context import Context
-from pipeline.grading import Grading, adjust_texts, curriculum_text, query_text, routing_parameters, scratch
+from pipeline.grading import Grading, adjust_texts, curriculum_text, query_text, routing_parameters, scratch, tables_read
 from pipeline.rows_digest import digest_column
 from pipeline.stage import Outcome, Spec, changes, current, need, nothing, place_parts, restore
 from pipeline.stages import fits
@@ -76,28 +76,43 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
     }
     if config["rated"] and (rated := ctx.part("ratings", round=round).manifest()) is not None:
         parents[f"ratings/round={round}"] = rated.identity
-    read = [text for _, text, _ in adjust_texts(method)]
-    if read:
-        config["adjust"] = [digest(text) for text in read]
+    if method.adjust:
+        config["adjust"] = [digest(text) for _, text, _ in adjust_texts(method)]
+        parents |= _also_read(ctx, round)
     if config["graded"] and (weights := curriculum_text(ctx.recipe.grade.curriculum)) is not None:
         config["curriculum"] = digest(weights)
-        read.append(weights)
-    parents |= _also_read(ctx, round, " ".join(read))
+        if "earlier_grades" in weights:
+            earlier = {n: ctx.part("grades", round=n).manifest() for n in range(round)}
+            parents |= {f"grades/round={n}": m.identity for n, m in earlier.items() if m is not None}
     return Spec("route", ctx.part("shards", round=round, route=route), config, parents, 0)
 
 
-def _also_read(ctx: Context, round: int, text: str) -> dict[str, str]:
-    """What queries over the routed rows read of other rounds, and of the policy."""
-    parts = [ctx.part("grades", round=n) for n in range(round) if "earlier_grades" in text]
-    if "scores" in text:  # the rollouts of earlier rounds
-        parts += [
-            part
-            for n in range(round)
-            for part in (ctx.part("rollouts", round=n), ctx.part("scores", kind="rollout", round=n))
-        ]
-    if "fits" in text:
-        parts.append(ctx.part("logprobs", round=round, role=fits.ROLE))
+def _also_read(ctx: Context, round: int) -> dict[str, str]:
+    """What the adjustments read of other rounds, and of the policy."""
+    read = set().union(*(tables_read(text) for _, text, _ in adjust_texts(ctx.recipe.train.method)))
+    parts = [ctx.part("grades", round=n) for n in range(round) if "earlier_grades" in read]
+    parts += [ctx.part(table, **keys) for table, keys in _earlier(ctx, round)]
+    if "fits" in read:
+        parts += [it.partition for it in fits.specs(ctx, round)]
     return {part.label: m.identity for part in parts if (m := part.manifest()) is not None}
+
+
+def _earlier(ctx: Context, round: int) -> list[tuple[str, dict[str, Any]]]:
+    """Rollouts and verdicts of earlier rounds, if an adjustment reads rollouts."""
+    texts = adjust_texts(ctx.recipe.train.method)
+    if not ctx.recipe.train.method.routing(round).rl or not any(
+        tables_read(text) & {"rollouts", "scores"} for _, text, _ in texts
+    ):
+        return []
+    there = [n for n in range(round) if ctx.part("rollouts", round=n).manifest() is not None]
+    return [part for n in there for part in (("rollouts", {"round": n}), ("scores", {"kind": "rollout", "round": n}))]
+
+
+def fits_wanted(ctx: Context, round: int) -> bool:
+    """Whether the round's adjustments choose among traces by their log-probs."""
+    routing = ctx.recipe.train.method.routing(round)
+    taught = bool(routing.sft) or routing.union
+    return taught and any("fits" in tables_read(text) for _, text, _ in adjust_texts(ctx.recipe.train.method))
 
 
 def rating_specs(ctx: Context, round: int, grades: str) -> list[Spec]:
@@ -116,7 +131,7 @@ def run(ctx: Context, round: int, trainer: Callable[[], LogProbs] | None = None)
     _refuse_old_skips(ctx, round)
     it = grade_spec(ctx, round)
     restore(it)
-    fit = [fits.spec(ctx, round)] if fits.needed(ctx) else []
+    fit = fits.specs(ctx, round) if fits_wanted(ctx, round) else []
     if current(it) and all(current(r) for r in (*fit, *_rest(ctx, round, it))):
         return [nothing(r) for r in (it, *fit, *_rest(ctx, round, it))]
     for left in ctx.run.glob(".grading.*.tmp"):
@@ -125,7 +140,7 @@ def run(ctx: Context, round: int, trainer: Callable[[], LogProbs] | None = None)
         grading = Grading(ctx, round, folder)
         graded = nothing(it) if current(it) else _grade(it, grading)
         grading.use_grades(it.partition.files())
-        fitted = [fits.run(ctx, round, grading.fitting(), trainer)] if fit and trainer else []
+        fitted = fits.run(ctx, round, grading.fitting(), trainer) if fit and trainer else []
         rated = [_rate(r, grading) for r in _rating_specs(ctx, round, it)]
         routes = _route_specs(ctx, round, it)
         if all(current(r) for r in routes):
@@ -147,7 +162,7 @@ def grade_now(ctx: Context, round: int, folder: Path, scores: Sequence[Path] = (
 
 
 def _need_inputs(ctx: Context, round: int) -> None:
-    for table, keys in _inputs(ctx, round):
+    for table, keys in [*_inputs(ctx, round), *_earlier(ctx, round)]:
         with_round = f" --round {round}" if "round" in keys else ""
         need(ctx.run, table, keys, command=f"dypo {MADE_BY[table]} {ctx.run}{with_round}")
 

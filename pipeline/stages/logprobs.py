@@ -89,15 +89,11 @@ def run(ctx: Context, round: int, role: Role, trainer: LogProbs) -> Outcome:
         return nothing(it)
     it.partition.folder.mkdir(parents=True, exist_ok=True)
     with progress(it.partition.label, rl.num_rows, len(done)) as bar:
-        by_round = policies(ctx, round, role) if left else {}
-        for folder, model in sorted(set(by_round.values())):
+        for source_round, (folder, model) in policies(ctx, round, role).items() if left else ():
             ctx.verify_policy(folder)
-            mine = [n for n, policy in by_round.items() if policy == (folder, model)]
-            others = rl.filter(~pc.field("source_round").isin(mine))[
-                "item_id"
-            ].to_pylist()  # of groups with rows of several rounds
             batches = trainer.reference_logprobs(  # planned from all rows, so that a resumed stage computes the same batches
-                folder, rl, ctx.recipe.policy, ctx.recipe.train.micro_batch_tokens, finished=frozenset(done).union(others),
+                folder, rl.filter(pc.field("source_round") == source_round), ctx.recipe.policy,
+                ctx.recipe.train.micro_batch_tokens, finished=frozenset(done),
             )  # fmt: skip
             for got in batches:
                 it.partition.write(as_rows(got, {"round": round, "role": role, "model": model}), it.fingerprint)

@@ -141,6 +141,33 @@ class Method(Model, ABC):
         """The defaults that the given values are laid on."""
         return cls.PUBLISHED
 
+    @model_validator(mode="after")
+    def _adjustments_fit(self) -> "Method":
+        union = any(self.routing(n).union for n in range(self.rounds_before_rl + 1))
+        rated = any(self.routing(n).discriminator for n in range(self.rounds_before_rl + 1))
+        grpo, enlarged = self.loss.grpo, "earlier_rollouts" in self.adjust
+        for name in self.adjust:
+            if union and name in ("leave_one_out", "earlier_rollouts"):
+                raise ValueError(
+                    f"adjust: {name} takes groups of rollouts alone, and this method's have the trace as a member"
+                )
+        if rated and enlarged:
+            raise ValueError("adjust: earlier_rollouts brings rewards of verdicts, and this method's are a discriminator's")
+        if enlarged and grpo.surrogate == "unclipped":
+            raise ValueError(
+                "adjust: earlier_rollouts needs a bound on old rollouts' ratios, and grpo.surrogate = 'unclipped' has none"
+            )
+        if enlarged and "leave_one_out" in self.adjust[: self.adjust.index("earlier_rollouts")]:
+            raise ValueError(
+                "adjust: earlier_rollouts takes advantages anew over the larger group; put leave_one_out behind it"
+            )
+        return self
+
+    @property
+    def rounds_before_rl(self) -> int:
+        """How many rounds there are before the first of its last stage."""
+        return 0
+
     @abstractmethod
     def routing(self, round: int) -> Routing:
         """Which grades' prompts are trained on in a round, and how."""

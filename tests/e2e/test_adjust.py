@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.context import load
+from pipeline.grading import scratch
 from pipeline.stages import fits, grade
 from schemas.errors import UserError
-from tests.tiny_runs import ROOT, dypo, table, write_recipe
+from tests.tiny_runs import dypo, table, write_recipe
 from trainer import api
 
 ALL = '["posterior", "earlier_rollouts", "leave_one_out", "teacher_by_fit"]'
@@ -58,7 +59,9 @@ def test_one_trace_a_prompt_is_supervised_the_one_that_the_rounds_policy_finds_m
     sft = table(run, "shards").filter(pl.col("route") == "sft")
     assert sft.group_by("round", "prompt_id").len()["len"].max() == 1
     stored = (
-        table(run, "logprobs").filter(pl.col("role") == "fit").with_columns(pl.col("logprobs").list.mean().alias("logp"))
+        table(run, "logprobs")
+        .filter(pl.col("role").str.starts_with("fit-"))
+        .with_columns(pl.col("logprobs").list.mean().alias("logp"))
     )
     traces = table(run, "traces").join(stored, left_on="trace_id", right_on="item_id").filter(pl.col("round") == 1)
     best = traces.sort(["logp", "trace_id"], descending=[True, False]).group_by("prompt_id", maintain_order=True).first()
@@ -83,7 +86,7 @@ def test_border_prompts_are_supervised_in_part(run: Path) -> None:
 def test_grading_again_makes_nothing_and_needs_no_model(run: Path) -> None:
     again = grade.run(load(run), 2, None)
     assert {o.action for o in again} == {"nothing"}
-    assert "logprobs/round=2/role=fit" in {o.partition for o in again}
+    assert {"logprobs/round=2/role=fit-left", "logprobs/round=2/role=fit-noisy"} <= {o.partition for o in again}
     planned = [json.loads(line) for line in dypo("plan", run, "--json").stdout.splitlines()]
     states = {row["partition"]: row["state"] for row in planned if "partition" in row}
     assert {state for partition, state in states.items() if "eval" not in partition} == {"done"}
@@ -91,7 +94,7 @@ def test_grading_again_makes_nothing_and_needs_no_model(run: Path) -> None:
 
 def test_a_round_before_that_changes_makes_the_rows_stale_that_were_made_of_its_rollouts(run: Path) -> None:
     specs = {n: grade.route_spec(load(run), n, "rl", "g") for n in (0, 2)}
-    assert {"rollouts/round=0", "scores/kind=rollout/round=1", "grades/round=1", "logprobs/round=2/role=fit"} <= set(
+    assert {"rollouts/round=0", "scores/kind=rollout/round=1", "grades/round=1", "logprobs/round=2/role=fit-left"} <= set(
         specs[2].parents
     )
     assert not any("round=1" in p or "round=2" in p for p in specs[0].parents)
@@ -107,9 +110,12 @@ def test_a_what_if_tells_what_another_choice_of_teacher_would_supervise(run: Pat
     assert routes["rl"]["sequences_then"] < routes["rl"]["sequences_now"], "no rollouts of round 0 then"
     assert routes["sft"]["prompts_then"] == routes["sft"]["prompts_now"]
     wanted = 'train.method.adjust=["teacher_by_fit"]'
-    missing = dypo("grade", run, "--round", 1, "--what-if", wanted, "--set", "teachers=[]", check=False)
-    assert missing.returncode == 2
-    assert "computes them" in missing.stderr
+    again = json.loads(
+        dypo("grade", run, "--round", 1, "--what-if", wanted, "--json").stdout
+    )  # of the log-probs that are there
+    assert again["routes"][1]["sequences_then"] == again["routes"][1]["sequences_now"]
+    fewer = json.loads(dypo("grade", run, "--round", 1, "--what-if", "teachers=noisy", "--json").stdout)
+    assert fewer["routes"][1]["prompts_then"] < fewer["routes"][1]["prompts_now"]
 
 
 def test_a_query_of_the_users_own_adjusts_and_one_that_breaks_a_group_is_refused(run: Path, tmp_path: Path) -> None:
@@ -149,10 +155,44 @@ def test_fits_that_were_cut_off_go_on_and_end_in_the_same_rows(run: Path, tmp_pa
         fits.stored(ctx, 0)
     with pytest.raises(KeyboardInterrupt):
         grade.run(ctx, 0, lambda: Cut(7))
-    assert len(ctx.part("logprobs", round=0, role="fit").loose(fits.spec(ctx, 0).fingerprint)) == 1
+    assert len(ctx.part("logprobs", round=0, role="fit-left").loose(fits.spec(ctx, 0, "left").fingerprint)) == 1
     grade.run(ctx, 0, lambda: api)
     rows = {
-        at: table(at, "logprobs").filter(pl.col("role") == "fit", pl.col("round") == 0) for at in (run, tmp_path / "run")
+        at: table(at, "logprobs").filter(pl.col("role").str.starts_with("fit-"), pl.col("round") == 0)
+        for at in (run, tmp_path / "run")
     }
     assert rows[run].equals(rows[tmp_path / "run"])
-    assert (ROOT / "pipeline/sql/adjust/teacher_by_fit.sql").exists()
+
+
+def test_more_prompts_in_a_round_without_rollouts_get_the_fits_that_are_missing_and_all_of_them_a_trace(
+    tmp_path: Path,
+) -> None:
+    path = write_recipe(
+        tmp_path, **{METHOD: 'method = { type = "sft", lr = 1e-3, adjust = ["teacher_by_fit", "posterior"] }'}
+    )
+    dypo(
+        "run",
+        path,
+        "--set",
+        "rounds=1",
+        "--set",
+        "eval.suites=[]",
+        "--set",
+        "train.steps=1",
+        "--set",
+        "rollouts.prompts_per_round=8",
+    )
+    seen = []
+    for prompts in (8, 20):
+        outcomes = grade.run(load(path, [f"rollouts.prompts_per_round={prompts}"]), 0, lambda: api)
+        seen.append({o.partition: (o.action, o.rows) for o in outcomes})
+        sft = table(tmp_path / "run", "shards").filter(pl.col("route") == "sft")
+        plain = load(path, [f"rollouts.prompts_per_round={prompts}", "train.method.adjust=[]"])
+        with scratch(None) as folder:
+            grade.grade_now(plain, 0, folder / "plain")
+            wanted = pl.read_parquet(folder / "plain" / "lengths.parquet")["prompt_id"].n_unique()
+        assert sft["prompt_id"].n_unique() == sft.height == wanted
+        assert set(sft["w_sft"]) == {1.0}
+    left = [s["logprobs/round=0/role=fit-left"] for s in seen]
+    assert (left[0][0], left[1][0]) == ("nothing", "added")
+    assert left[0][1] < left[1][1] == 20

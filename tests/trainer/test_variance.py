@@ -198,6 +198,8 @@ def test_zero_gradients_have_no_direction_and_break_nothing() -> None:
     found = eq19(with_mix(nothing, 0.5, 0.5), 0.5, 0.5)
     assert found["variance_ratio"].value is None
     assert found["noise_correlation"].value is None
+    nowhere = eq19(with_mix(moments({"grpo": given * 0, "gal": given * 0}, weights), 0.5, 0.5), 0.5, 0.5)
+    assert [nowhere[n].value for n in ("noise_to_signal_grpo", "best_alpha", "noise_to_signal_best")] == [None] * 3
 
 
 def test_halves_are_averaged_by_the_chance_of_their_split() -> None:
