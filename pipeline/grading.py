@@ -12,9 +12,10 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,6 +41,7 @@ from pipeline.store import (
 from pipeline.traces import FITTING, write_fitting_traces
 from schemas.errors import UserError
 from schemas.methods import Method
+from schemas.methods.base import Adjustment
 from schemas.tables import ARROW
 
 LISTS = ("prompt_tokens", "tokens", "old_logprobs")
@@ -70,12 +72,13 @@ def scratch(folder: Path | None) -> Iterator[Path]:
         yield Path(made)
 
 
-def query_text(own: Path | None, built_in: str) -> str:
-    """The recipe's own query, or ours. UserError if the file is not there."""
+def query_text(own: Path | None, built_in: str, known: Sequence[str] = ()) -> str:
+    """The recipe's own query, or ours. UserError if the file is not there. known: names of ours that could have been meant."""
     if own is None:
         return sql(built_in)
     if not own.exists():
-        raise UserError(f"{own}: no such query file (named by the recipe)")
+        ours = f", and none of ours is named so ({', '.join(known)})" if known else ""
+        raise UserError(f"{own}: no such query file (named by the recipe){ours}")
     return own.read_text()
 
 
@@ -83,9 +86,11 @@ def curriculum_text(curriculum: str | Path) -> str | None:
     """The query of a recipe's curriculum; None for the uniform one, which needs none."""
     if curriculum == "uniform":
         return None
-    return query_text(curriculum if isinstance(curriculum, Path) else None, f"curriculum/{curriculum}")
+    own = curriculum if isinstance(curriculum, Path) else None
+    return query_text(own, f"curriculum/{curriculum}", ("uniform", "pass_rate", "transition"))
 
 
+@cache
 def tables_read(text: str) -> set[str]:
     """The tables and views that a query names; none of one that DuckDB cannot parse, which is told where it is run."""
     import duckdb
@@ -99,7 +104,8 @@ def tables_read(text: str) -> set[str]:
 def adjust_texts(method: Method) -> list[tuple[str, str, bool]]:
     """(name, query, whether it is the user's own) of each of a method's adjustments."""
     own = [isinstance(a, Path) for a in method.adjust]
-    texts = [query_text(a if isinstance(a, Path) else None, f"adjust/{a}") for a in method.adjust]
+    known = get_args(Adjustment)
+    texts = [query_text(a if isinstance(a, Path) else None, f"adjust/{a}", known) for a in method.adjust]
     return list(zip(map(str, method.adjust), texts, own, strict=True))
 
 
@@ -259,8 +265,10 @@ class Grading:
         read = tables_read(text)
         if "coverage" in read:
             self._con.execute(f"create or replace table coverage as {sql('coverage')}")
-        if "fits" in read:
-            view_parts(self._con, "fit_logprobs", fits.stored(self.ctx, self.round), ARROW["logprobs"])
+        if "fits" in read:  # where no trace is routed (a round of RL alone) there is none to choose, and nothing stored
+            supervised = ask(self._con, "select item_id from routed where route = 'sft' limit 1").num_rows > 0
+            files = fits.stored(self.ctx, self.round) if supervised else []
+            view_parts(self._con, "fit_logprobs", files, ARROW["logprobs"])
             self._con.execute(f"create or replace table fits as {sql('fits')}")
 
     def fitting(self) -> Iterator[pa.RecordBatch]:

@@ -83,16 +83,8 @@ def stored(ctx: Context, round: int) -> list[Path]:
 
 def _as_shards(fitting: Iterable[pa.RecordBatch], round: int) -> pa.Table:
     """Traces as sft rows of a shard, of which the trainer's forward reads prompt and tokens."""
-    same = {
-        "round": round,
-        "source_round": round,
-        "route": "sft",
-        "policy": "",
-        "temperature": 1.0,
-        "correct": True,
-        "advantage": 0.0,
-    }
-    same |= {"group_size": 1, "w_sft": 1.0, "w_grpo": 0.0, "w_gal": 0.0, "old_logprobs": None}
+    same = {"round": round, "source_round": round, "route": "sft", "policy": "", "temperature": 1.0, "group_size": 1}
+    same |= {"correct": True, "advantage": 0.0, "w_sft": 1.0, "w_grpo": 0.0, "w_gal": 0.0, "old_logprobs": None}
     schema = ARROW["shards"]
     batches = [
         pa.table(

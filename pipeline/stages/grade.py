@@ -109,10 +109,11 @@ def _earlier(ctx: Context, round: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def fits_wanted(ctx: Context, round: int) -> bool:
-    """Whether the round's adjustments choose among traces by their log-probs."""
-    routing = ctx.recipe.train.method.routing(round)
-    taught = bool(routing.sft) or routing.union
-    return taught and any("fits" in tables_read(text) for _, text, _ in adjust_texts(ctx.recipe.train.method))
+    """Whether the round's adjustments choose among traces by their log-probs. A query of one's own may route traces in any round."""
+    method = ctx.recipe.train.method
+    routing = method.routing(round)
+    taught = bool(routing.sft) or routing.union or method.query is not None
+    return taught and any("fits" in tables_read(text) for _, text, _ in adjust_texts(method))
 
 
 def rating_specs(ctx: Context, round: int, grades: str) -> list[Spec]:

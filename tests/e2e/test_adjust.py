@@ -131,7 +131,8 @@ def test_a_query_of_the_users_own_adjusts_and_one_that_breaks_a_group_is_refused
     assert "the group is not whole" in told.stderr
     told = dypo("grade", run, "--round", 0, "--what-if", 'train.method.adjust=["leave_one_oot"]', check=False)
     assert told.returncode == 2
-    assert "leave_one_oot" in told.stderr
+    assert "leave_one_oot: no such query file" in told.stderr
+    assert "none of ours is named so (contrast, leave_one_out," in told.stderr
 
 
 class Cut:
@@ -196,3 +197,13 @@ def test_more_prompts_in_a_round_without_rollouts_get_the_fits_that_are_missing_
     left = [s["logprobs/round=0/role=fit-left"] for s in seen]
     assert (left[0][0], left[1][0]) == ("nothing", "added")
     assert left[0][1] < left[1][1] == 20
+
+
+def test_rounds_of_rl_after_rounds_of_sft_have_no_trace_to_choose_and_store_no_fits(tmp_path: Path) -> None:
+    method = 'method = { type = "sft_then_rl", lr = 1e-3, sft_rounds = 1, adjust = ["teacher_by_fit", "contrast"] }'
+    dypo("run", write_recipe(tmp_path, **{METHOD: method, "steps = 6": "steps = 2"}), "--set", "eval.suites=[]")
+    shards, stored = table(tmp_path / "run", "shards"), table(tmp_path / "run", "logprobs")
+    assert dict(shards.group_by("round").agg(pl.col("route").unique().first()).iter_rows()) == {0: "sft", 1: "rl"}
+    assert set(stored["round"]) == {0}
+    groups = shards.filter(pl.col("round") == 1).group_by("prompt_id").agg(pl.col("reward").n_unique())
+    assert groups["reward"].min() > 1
