@@ -108,10 +108,11 @@ def bootstrap(values_P: Sequence[float], *, resamples: int = RESAMPLES) -> tuple
     draws_BV = np.random.default_rng(0).multinomial(problems, counts_V / problems, size=resamples)
     means_B = draws_BV @ distinct_V / problems
     mean = float(counts_V @ distinct_V / problems)
-    near = 1e-9 * float(np.ptp(distinct_V))
+    spread = float(np.ptp(distinct_V))
+    near = 1e-9 * spread
     below = (np.mean(means_B < mean - near) + np.mean(means_B <= mean + near)) / 2  # a mean that is equal counts half
     bias = NORMAL.inv_cdf(min(max(float(below), 1 / resamples), 1 - 1 / resamples))
-    off_V = distinct_V - mean
+    off_V = (distinct_V - mean) / spread  # the acceleration has no scale, and powers of the tiniest numbers are 0
     acceleration = float(counts_V @ off_V**3 / (6 * (counts_V @ off_V**2) ** 1.5))
     reach = t_quantile(problems - 1) * math.sqrt(problems / (problems - 1))
     shares = [NORMAL.cdf(bias + (bias + z) / (1 - acceleration * (bias + z))) for z in (-reach, reach)]

@@ -5,7 +5,7 @@ from itertools import combinations, permutations
 from statistics import NormalDist, fmean
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.statistics import (
@@ -163,6 +163,9 @@ def test_near_equal_problems_claim_no_more_than_their_samples():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.one_of(st.none(), st.integers(1, 16)))
+@example([0.0, 5e-324], None)
+@example([0.0, 1e-200, 1.0], None)
+@example([0.5, 0.5 + 2**-53], None)
 def test_the_interval_holds_the_value_and_stays_in_range(values, samples):
     e = estimate(values, samples=samples)
     assert 0 <= e.ci_low <= e.value <= e.ci_high <= 1
