@@ -40,7 +40,7 @@ slow: $(VENV)/ready-real $(VVENV)/ready chromium  ## real components: the demo o
 	$(VVENV)/bin/python -m pytest -m vllm -W ignore::ResourceWarning tests/slow  # vLLM leaves zmq contexts to the collector
 
 study: $(VENV)/ready  ## the study of docs/results/study-worlds.md; goes on where it was stopped (ARGS="--processes 2")
-	for name in core beyond teachers alpha_beta ablation adjust others; do \
+	for name in core beyond teachers alpha_beta ablation adjust others averaged; do \
 		$(BIN)/dypo study recipes/study/$$name.toml $(ARGS) || failed=1; \
 		cp runs/study/$$name.md docs/results/study-$$name.md; \
 	done; test -z "$$failed"

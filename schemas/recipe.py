@@ -365,6 +365,12 @@ class Train(Model):
         default="fsdp", description="of several processes: each holds the model, or a share of each layer (FSDP2)"
     )
     lora: Lora | None = None
+    base_weight: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="the run's last policy is the mean of what was trained and the base policy, in which the base weighs this",
+    )
     checkpoint_every: int = Field(default=50, ge=1)
     min_ess: float = Field(default=0.0, ge=0, le=1, description="end the round when a step's effective sample size is below")
     max_logprob_difference: float = Field(
@@ -383,6 +389,11 @@ class Train(Model):
                 raise ValueError(
                     "lora is instead of training all weights, and method 'bridge' trains them with an adapter of its own: leave lora out, "
                     "and set method.rank and method.alpha"
+                )
+            if self.base_weight > 0:
+                raise ValueError(
+                    f"base_weight = {self.base_weight}: method 'bridge' trains an adapter and what lies under it against each other, and has "
+                    "a shadow of the weights; leave base_weight out"
                 )
             if self.processes > 1:
                 raise ValueError(

@@ -60,7 +60,7 @@ class TrainJob:
     shards: rows of schemas.ARROW["shards"] of this round, both routes. ref, old, teacher: rows of ARROW["logprobs"] with that role
     (None when the method reads none). graded: prompts of the round by grade (easy, mid, hard). start: HF folder of the
     policy that the round begins from, with the trainer state of the round before in its `trainer/` folder if there is one.
-    rounds and round place this round in the run's learning-rate schedule.
+    rounds and round place this round in the run: in its learning-rate schedule, and whether it is the last.
     """
 
     round: int

@@ -105,13 +105,9 @@ def load_model(folder: Path, policy: Policy) -> PolicyLM:
         raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder (weights as safetensors)")
     if policy.threads is not None:
         torch.set_num_threads(policy.threads)
-    dtype = torch.float64 if policy.dtype == "float64" else torch.float32
-    with quiet():
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
-    _refuse_stretching(loaded, folder)
-    lm = cast(nn.Module, loaded).to(device_of(policy)).eval()
+    lm = read_lm(folder, policy)
+    _refuse_stretching(lm, folder)
+    lm = lm.to(device_of(policy)).eval()
     if policy.dtype == "float64":
         lm.double()  # buffers too
     for module in lm.modules():
@@ -125,6 +121,15 @@ def load_model(folder: Path, policy: Policy) -> PolicyLM:
             f"{folder}: rows are not packed, each response runs with a prompt of its own: {model.why_not}", stacklevel=2
         )
     return model
+
+
+def read_lm(folder: Path, policy: Policy) -> nn.Module:
+    """The model of an HF folder as transformers reads it, on the CPU, its weights float32 masters (or float64)."""
+    dtype = torch.float64 if policy.dtype == "float64" else torch.float32
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
 
 
 def _refuse_stretching(lm: Any, folder: Path) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from schemas.errors import UserError
 from schemas.methods import Method
+from trainer import average
 from trainer.job import TrainJob
 from trainer.metrics import CLOCKED, summary
 from trainer.model import PolicyLM
 from trainer.optim import Optimizers
-from trainer.run import begin, load, shards_of, take_step
+from trainer.run import begin, end, load, shards_of, take_step
 from trainer.schedule import Step, plan_round
 
 Gradients = dict[str, list[Tensor]]  # optimizer -> one tensor a parameter
@@ -90,6 +91,8 @@ def replay_step(job: TrainJob, step: int, *, draws: pa.Table, metrics: pa.Table,
             found = _unclocked(take_step(job, model, optimizers, shards, walked, before=state.before)[2])
             differences += _differences(walked.index, stored.get(walked.index, {}), found)
             job.sink.progress(walked.index + 1 - state.steps, step + 1 - state.steps, summary(found))
+    if end(job, plan[step], found) is not None:
+        average.with_base(job, model)
     weights, changed, cosines = weights_digest(model.lm), None, {}
     if before is not None:
         _restore(before, model, optimizers)

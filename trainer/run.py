@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from schemas.errors import Reported, UserError
 from schemas.ids import seed_from
 from schemas.methods.bridge import BRIDGEMethod
-from trainer import adapter, bridge
+from trainer import adapter, average, bridge
 from trainer.checkpoint import TrainerState, load_state, load_tensors, save_checkpoint
 from trainer.job import Nowhere, RoundEnd, TrainJob
 from trainer.journal import Journal
@@ -64,7 +64,9 @@ def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> Round
         )
         journal.add(step, drawn, numbers, metrics)
 
-        state = replace(state, steps=step.index + 1, cursor=step.cursor, ended=_end(job, step, metrics))
+        state = replace(state, steps=step.index + 1, cursor=step.cursor, ended=end(job, step, metrics))
+        if state.ended is not None:
+            average.with_base(job, model)
         if state.ended is not None or state.steps % job.train.checkpoint_every == 0:
             journal.flush()
             _publish(job, model, optimizers, state, team)
@@ -205,7 +207,7 @@ def _easy_scale(job: TrainJob) -> float:
     return gated / (gated + job.graded.get("easy", 0))
 
 
-def _end(job: TrainJob, step: Step, metrics: Mapping[str, float]) -> str | None:
+def end(job: TrainJob, step: Step, metrics: Mapping[str, float]) -> str | None:
     """Why the round is over after this step, if it is."""
     if step.index + 1 == job.train.steps:
         return "steps"

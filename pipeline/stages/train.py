@@ -76,6 +76,8 @@ def spec(ctx: Context, round: int) -> Spec:
     replaced = {"decay": stage.decay, "warmup_steps": stage.warmup}  # by the stage's own
     unread = {"method": set(method.unused(round)), "optimizer": {key for key, own in replaced.items() if own is not None}}
     train = ctx.recipe.train.model_dump(mode="json", exclude=dict.fromkeys(HOW, True) | unread)
+    if train["base_weight"] == 0 or round + 1 < ctx.recipe.rounds:
+        del train["base_weight"]  # it makes the run's last policy, and no other
     _, start = ctx.policy_of(round)
     parents = {}
     for route in ("rl", "sft"):

@@ -57,6 +57,15 @@ def test_rounds_can_be_added_to_a_finished_run_and_micro_batches_resized(a_copy:
     assert now["rollouts/round=2"] == "due"
 
 
+def test_a_mean_with_the_base_makes_the_last_policy_anew_and_no_other(a_copy: Path) -> None:
+    def trained(*args: object) -> dict[str, str]:
+        return {k: v for k, v in states(a_copy, "--set", "train.base_weight=0.1", *args).items() if "checkpoints" in k}
+
+    assert trained() == {"checkpoints/round=0": "done", "checkpoints/round=1": "stale"}
+    more = trained("--set", "rounds=3")
+    assert (more["checkpoints/round=0"], more["checkpoints/round=1"]) == ("done", "done"), "there it is not the last one"
+
+
 def test_text_that_was_made_again_is_judged_again(a_copy: Path, tmp_path: Path) -> None:
     """Same ids, other texts: what a deleted teacher's server gives back."""
     mine = tmp_path / "mine.py"
