@@ -35,9 +35,18 @@ class Context:
         return self.part("checkpoints", round=round).manifest()
 
     def policy_of(self, round: int) -> tuple[Path, str]:
-        """Folder and content id of the policy that a round samples: the base, or what the round before ended with."""
+        """Folder and content id of the policy that a round samples: the base, or what the round before ended with.
+
+        UserError if that round is not trained, or ended with the mean with the base (train.base_weight), where a run ends.
+        """
         if round == 0:
             return self.recipe.policy.model, self.base_policy
+        last = self.recipe.rounds - 1
+        if round > last and self.recipe.train.base_weight > 0:
+            raise UserError(
+                f"{self.run}: round {round} is past the run's last, {last}, which with train.base_weight ends with the mean with the base "
+                f"policy; no round goes on from that. Set rounds to {round + 1} or more: round {last} is then trained again, without the mean"
+            )
         end = self.round_end(round - 1)
         if end is None:
             raise UserError(

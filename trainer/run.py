@@ -54,6 +54,7 @@ def _train(job: TrainJob, shards: Shards, plan: list[Step], team: Team) -> Round
     if state.ended is not None:
         return RoundEnd(state.steps, state.ended)
     if not plan:
+        average.with_base(job, model)
         _publish(job, model, optimizers, replace(state, ended="empty"), team)
         return RoundEnd(0, "empty")
 

@@ -64,6 +64,9 @@ def test_a_mean_with_the_base_makes_the_last_policy_anew_and_no_other(a_copy: Pa
     assert trained() == {"checkpoints/round=0": "done", "checkpoints/round=1": "stale"}
     more = trained("--set", "rounds=3")
     assert (more["checkpoints/round=0"], more["checkpoints/round=1"]) == ("done", "done"), "there it is not the last one"
+    past = dypo("generate", "rollouts", a_copy, "--round", 2, "--set", "train.base_weight=0.1", check=False)
+    assert past.returncode == 2
+    assert "round 2 is past the run's last, 1, which with train.base_weight ends with the mean" in past.stderr
 
 
 def test_text_that_was_made_again_is_judged_again(a_copy: Path, tmp_path: Path) -> None:

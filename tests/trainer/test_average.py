@@ -79,16 +79,19 @@ def test_a_round_that_ends_early_ends_with_the_mean_too(policy_folder: Path, tmp
     assert step < 6
     wanted = mean(weights(trained.checkpoints()[step]), weights(policy_folder))
     assert_near(weights(averaged.checkpoints()[step]), wanted, 1e-6)
+    train = make_train(base_weight=W, min_ess=1.0)
+    got = again(make_job(policy_folder, averaged, train=train, rounds=1), step - 1)
+    assert got.weights == got.checkpoint
 
 
-def test_a_round_without_a_step_leaves_the_policy_as_it_was(policy_folder: Path, tmp_path: Path) -> None:
+def test_a_last_round_without_a_step_ends_with_the_mean_too(policy_folder: Path, tmp_path: Path) -> None:
     first = both(policy_folder, tmp_path)[0].checkpoints()[6]
     sink = FolderSink(tmp_path / "empty")
     policy = Policy(model=policy_folder, device="cpu")
     none = make_shards().slice(0, 0)
     job = make_job(first, sink, shards=none, train=make_train(base_weight=W), round=1, policy=policy)
     assert train_round(job).reason == "empty"
-    assert all(torch.equal(t, weights(first)[name]) for name, t in weights(sink.checkpoints()[0]).items())
+    assert_near(weights(sink.checkpoints()[0]), mean(weights(first), weights(policy_folder)), 1e-6)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "lora"])

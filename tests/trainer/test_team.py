@@ -34,11 +34,11 @@ def weights(folder: Path, step: int) -> torch.Tensor:
 
 
 def test_one_two_and_three_processes_train_to_the_same_weights(policy_folder: Path, tmp_path: Path) -> None:
-    """5 steps in float32; several micro-batches a step, groups larger than the budget, with both ways to spread the model; and the mean with the base.
+    """5 steps in float32; several micro-batches a step, groups larger than the budget, with both ways to spread the model; and the mean with the base, with an adapter and without.
 
     FSDP2 runs with activation checkpointing, so that this holds too.
     """
-    names = ["ddp-float32-5", "fsdp-float32-5", "fsdp-float32-5+lora", "ddp-float32-5+mean", "fsdp-float32-5+mean"]
+    names = ["ddp-float32-5", "fsdp-float32-5", "fsdp-float32-5+lora", "ddp-float32-5+mean", "fsdp-float32-5+lora+mean"]
     for world in (1, 2, 3):
         run(world, tmp_path / str(world), policy_folder, *names)
     start = torch.cat([t.flatten() for _, t in sorted(load_file(policy_folder / "model.safetensors").items())])
