@@ -138,13 +138,6 @@ def _short(v: Any) -> str:
     return " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else str(v)
 
 
-def _trainer() -> Any:
-    """For the stages that need a model only now and then: torch takes seconds to import."""
-    from trainer import api
-
-    return api
-
-
 def _reference(ctx: "Context") -> Any:
     """folder -> the trainer's own forward of that policy, which checks a vllm engine before it samples.
 
@@ -250,7 +243,7 @@ def grade(
 
         return _show_what_if(compare(target, set or [], round, what_if), as_json)
     with _writing(target, set) as ctx:
-        _tell(stage.run(ctx, ctx.newest_round() if round is None else round, _trainer), as_json)
+        _tell(stage.run(ctx, ctx.newest_round() if round is None else round), as_json)
 
 
 @app.command()
@@ -283,7 +276,7 @@ def refresh(
 
     with _writing(target, set) as ctx:
         r = ctx.trained_rounds() if round is None else round
-        _tell(flow(ctx, r, _trainer, regenerate=regenerate, reference=_reference(ctx)), as_json)
+        _tell(flow(ctx, r, regenerate=regenerate, reference=_reference(ctx)), as_json)
 
 
 @app.command()

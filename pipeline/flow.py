@@ -26,9 +26,7 @@ def judged_in(ctx: Context, round: int) -> list[tuple[str, Partition]]:
     return [("rollout", ctx.part("rollouts", round=round)), *found]
 
 
-def refresh(
-    ctx: Context, round: int, trainer: Callable[[], Any], *, regenerate: bool = False, reference: Callable | None = None
-) -> Iterator[Outcome]:
+def refresh(ctx: Context, round: int, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:
     """On-policy refresh: rollouts, verdicts, grades and shards for the round that samples the newest checkpoint."""
     while True:
         *told, drawn = generate.rollouts(ctx, round, regenerate=regenerate, reference=reference)
@@ -37,9 +35,7 @@ def refresh(
         yield from scored
         if ctx.recipe.rollouts.sequential is None or (drawn.added == 0 and scored[0].action == "nothing"):
             break  # else new verdicts may ask for more draws
-    if grade.fits_wanted(ctx, round):
-        vllm.shut_down()  # the trainer's forward takes its memory
-    yield from grade.run(ctx, round, trainer)
+    yield from grade.run(ctx, round)
 
 
 def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: Callable | None = None) -> Iterator[Outcome]:
@@ -50,7 +46,7 @@ def run_all(ctx: Context, trainer: Any, *, regenerate: bool = False, reference: 
     if ctx.recipe.eval.suites:
         yield from evaluate.run(ctx, 0, 0, regenerate=regenerate, reference=reference)
     for round in range(ctx.recipe.rounds):
-        yield from refresh(ctx, round, lambda: trainer, regenerate=regenerate, reference=reference)
+        yield from refresh(ctx, round, regenerate=regenerate, reference=reference)
         vllm.shut_down()  # its memory is the trainer's now
         yield from train.run(ctx, round, trainer, regenerate=regenerate, empty_ok=True)
         if due := due_for_eval(ctx, round):

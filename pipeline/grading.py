@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 from pipeline import skips
 from pipeline.context import Context
 from pipeline.rating import Rating
-from pipeline.stages import fits
 from pipeline.stages.generate import round_prompt_ids
 from pipeline.store import (
     ROW_GROUP,
@@ -242,7 +241,8 @@ class Grading:
         for at, (adjustment, text, own) in enumerate(adjust_texts(method)):
             name = f"{name} with {adjustment}"
             self._routing_is_own |= own
-            self._offer(text)
+            if "coverage" in tables_read(text):  # of no prompt by itself
+                self._con.execute(f"create or replace table coverage as {sql('coverage')}")
             rows = self._select(
                 text, ROUTED, "shards", adjustment, own=self._routing_is_own, round=self.round, k=self.ctx.recipe.rollouts.k,
                 max_tokens=g.max_tokens, advantage=routing["advantage"], eps=routing["eps"],
@@ -259,22 +259,6 @@ class Grading:
             weighted = self._select(sql("weighted"), ROUTED, "shards", "weighted.sql", own=self._routing_is_own)
             self._write_routed("weighted", weighted)
         self._refuse_offenders("shards", name, self._routing_is_own)
-
-    def _offer(self, text: str) -> None:
-        """What an adjustment reads that is of no prompt by itself, or has to be computed by the policy: coverage, fits."""
-        read = tables_read(text)
-        if "coverage" in read:
-            self._con.execute(f"create or replace table coverage as {sql('coverage')}")
-        if "fits" in read:  # where no trace is routed (a round of RL alone) there is none to choose, and nothing stored
-            supervised = ask(self._con, "select item_id from routed where route = 'sft' limit 1").num_rows > 0
-            files = fits.stored(self.ctx, self.round) if supervised else []
-            view_parts(self._con, "fit_logprobs", files, ARROW["logprobs"])
-            self._con.execute(f"create or replace table fits as {sql('fits')}")
-
-    def fitting(self) -> Iterator[pa.RecordBatch]:
-        """Trace id, prompt and tokens of every verified trace of the round's prompts that fits, in the order of ids."""
-        self._ordered_by_the_query(True)
-        yield from stream(self._con, sql("fitting"), ROW_GROUP, max_tokens=self.ctx.recipe.grade.max_tokens)
 
     def _write_routed(self, name: str, batches: Iterable[pa.RecordBatch]) -> None:
         """What is routed from now on."""

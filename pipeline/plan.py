@@ -13,7 +13,7 @@ from pipeline import skips
 from pipeline.context import Context
 from pipeline.flow import due_for_eval, final_step
 from pipeline.stage import Spec, changes, found_fingerprint
-from pipeline.stages import evaluate, fits, generate, grade, ingest, logprobs, score, train
+from pipeline.stages import evaluate, generate, grade, ingest, logprobs, score, train
 from pipeline.store import partitions, read_parts
 from schemas.errors import UserError
 from schemas.methods import Role
@@ -86,9 +86,6 @@ class _Plan:
             traces = None if train_rows is None or t.engine.type == "replay" else train_rows * t.samples
             self.score("trace", "traces", {"teacher": t.name}, traces)
         self.look("grade", "grades", key, lambda: grade.grade_spec(ctx, n), prompts if groups else 0)
-        for t in r.teachers if grade.fits_wanted(ctx, n) else ():
-            keys = {**key, "role": f"fit-{t.name}"}
-            self.look("logprobs", "logprobs", keys, lambda t=t: fits.spec(ctx, n, t.name), after=sampled)
         if r.train.method.routing(n).discriminator is not None:
             self.look("ratings", "ratings", key, lambda: self.rating_spec(n))
         for route in ("rl", "sft"):

@@ -73,7 +73,7 @@ def sizes(ctx: Context) -> Sizes:
     micro_batch = max(micro_batch, slots.sequence_most)  # one sequence is never cut
     return Sizes(
         prompts_per_step=t.prompts_per_step,
-        sequences_per_step=t.prompts_per_step * _group_size(r),
+        sequences_per_step=t.prompts_per_step * r.rollouts.k,
         slots=slots,
         micro_batch_tokens=t.micro_batch_tokens,
         micro_batches=None if slots.step_mean is None else _micro_batches(slots.step_mean, slots.visits, t),
@@ -138,7 +138,7 @@ def _of_shards(ctx: Context, round: int) -> Slots | None:
         visits=visits,
         step_mean=mean * visits,
         step_most=sum(row["largest"] for row in rows),
-        group=Group(rl["prompt"], rl["response"], _group_size(r)) if rl else Group(sft["prompt"], sft["response"], 1),  # pyright: ignore[reportOptionalSubscript]
+        group=Group(rl["prompt"], rl["response"], r.rollouts.k) if rl else Group(sft["prompt"], sft["response"], 1),  # pyright: ignore[reportOptionalSubscript]
     )
 
 
@@ -148,7 +148,7 @@ def _bound(r: Recipe) -> Slots:
     routing = r.train.method.routing(r.rounds - 1)
     trace = r.grade.max_tokens - 1
     beside = trace if routing.union or set(routing.rl) & set(routing.sft) else 0
-    group = max(_group_size(r) * response, 1)
+    group = max(r.rollouts.k * response, 1)
     return Slots(
         round=None,
         group_mean=None,
@@ -159,13 +159,8 @@ def _bound(r: Recipe) -> Slots:
         visits=r.train.prompts_per_step,
         step_mean=None,
         step_most=r.train.prompts_per_step * (group + beside if routing.rl else trace),
-        group=Group(response, response, _group_size(r)),
+        group=Group(response, response, r.rollouts.k),
     )
-
-
-def _group_size(r: Recipe) -> int:
-    """Rollouts of a group, at most: its own, and those of two rounds before if the method enlarges groups so."""
-    return r.rollouts.k * (3 if "earlier_rollouts" in r.train.method.adjust else 1)
 
 
 # ---------------------------------------------------------------- in words
@@ -174,7 +169,7 @@ Line = tuple[str, str, str]  # what, how much, how it comes about
 
 def in_words(s: Sizes, recipe: Recipe) -> tuple[list[Line], list[Line]]:
     """(a step, memory of a process) for people."""
-    method, k, slots = recipe.train.method, _group_size(recipe), s.slots
+    method, k, slots = recipe.train.method, recipe.rollouts.k, s.slots
     queue = method.queues
     on_each = f" on each of {s.processes} processes" if s.processes > 1 else ""
     step = [

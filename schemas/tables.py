@@ -252,7 +252,7 @@ ratings = Table(
 
 logprobs = Table(
     "logprobs",
-    "per-token log-probs of one shard row or trace under a model that is not being trained",
+    "per-token log-probs of one shard row under a model that is not being trained",
     ("round", "role", "item_id"),
     ("round", "role"),
     (
@@ -260,9 +260,9 @@ logprobs = Table(
         C(
             "role",
             S,
-            "old: the policy that sampled, in the trainer's forward | ref: the run's base policy | teacher: the distilled one | fit-TEACHER: of traces, the round's policy",
+            "old: the policy that sampled, in the trainer's forward | ref: the run's base policy | teacher: the distilled one",
         ),
-        C("item_id", S, "the shard row; of roles fit-TEACHER the trace"),
+        C("item_id", S, "the shard row"),
         C("model", S, "content id of the model"),
         C("temperature", F64, "temperature applied to the logits"),
         C("logprobs", LOGPS, "one per response token"),

@@ -28,9 +28,8 @@ def reference_logprobs(
     micro_batch_tokens: int,
     *,
     finished: frozenset[str] = frozenset(),
-    of: str = "rl",
 ) -> Iterator[pa.Table]:
-    """Tables (item_id, logprobs, temperature) for the rows of a shard table whose route is `of`, under the model in a folder.
+    """Tables (item_id, logprobs, temperature) for the rl rows of a shard table, under the model in a folder.
 
     Whoever goes on after an interruption passes all rows again and the item ids that are done: batches are planned from all
     rows, so the numbers are bitwise those of an undisturbed run. A table has about REFERENCE_ROWS rows, whole groups.
@@ -38,7 +37,7 @@ def reference_logprobs(
     shards = Shards(rows, partial=True)
     keys: dict[str, list[tuple[str, str]]] = {}
     for route, prompt, item in sorted(zip(*(rows[n].to_pylist() for n in ("route", "prompt_id", "item_id")), strict=True)):
-        if route == of:
+        if route == "rl":
             keys.setdefault(prompt, []).append((route, item))
     chunk: list[list[tuple[str, str]]] = []
     model: PolicyLM | None = None

@@ -50,7 +50,7 @@ from trainer.variance import (
 MIN_PROMPTS = 10  # below, a bootstrap interval over prompts says too little (docs/probe.md has its coverage)
 SPLITS = 4  # random halvings of a group
 # groups whose halves would not be like them: their sampling noise is not measured
-ADJUSTED = {"leave_one_out", "earlier_rollouts"}
+ADJUSTED = {"leave_one_out"}
 Part = tuple[Sequence[int], Unit]  # some rows of a unit (their places, and the rows), as a group of their own
 
 

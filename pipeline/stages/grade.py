@@ -7,7 +7,7 @@ only when every check on them has passed.
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from pipeline.context import Context
 from pipeline.grading import Grading, adjust_texts, curriculum_text, query_text, routing_parameters, scratch, tables_read
 from pipeline.rows_digest import digest_column
 from pipeline.stage import Outcome, Spec, changes, current, need, nothing, place_parts, restore
-from pipeline.stages import fits
 from pipeline.stages.generate import round_prompt_ids
-from pipeline.stages.logprobs import LogProbs
 from schemas.errors import UserError
 from schemas.ids import digest
 
@@ -88,12 +86,10 @@ def route_spec(ctx: Context, round: int, route: str, grades: str) -> Spec:
 
 
 def _also_read(ctx: Context, round: int) -> dict[str, str]:
-    """What the adjustments read of other rounds, and of the policy."""
+    """What the adjustments read of other rounds."""
     read = set().union(*(tables_read(text) for _, text, _ in adjust_texts(ctx.recipe.train.method)))
     parts = [ctx.part("grades", round=n) for n in range(round) if "earlier_grades" in read]
     parts += [ctx.part(table, **keys) for table, keys in _earlier(ctx, round)]
-    if "fits" in read:
-        parts += [it.partition for it in fits.specs(ctx, round)]
     return {part.label: m.identity for part in parts if (m := part.manifest()) is not None}
 
 
@@ -108,14 +104,6 @@ def _earlier(ctx: Context, round: int) -> list[tuple[str, dict[str, Any]]]:
     return [part for n in there for part in (("rollouts", {"round": n}), ("scores", {"kind": "rollout", "round": n}))]
 
 
-def fits_wanted(ctx: Context, round: int) -> bool:
-    """Whether the round's adjustments choose among traces by their log-probs. A query of one's own may route traces in any round."""
-    method = ctx.recipe.train.method
-    routing = method.routing(round)
-    taught = bool(routing.sft) or routing.union or method.query is not None
-    return taught and any("fits" in tables_read(text) for _, text, _ in adjust_texts(method))
-
-
 def rating_specs(ctx: Context, round: int, grades: str) -> list[Spec]:
     """One for the round's ratings, of what the grades are made of; none if the method's reward is the verdict."""
     discriminator = ctx.recipe.train.method.routing(round).discriminator
@@ -125,28 +113,26 @@ def rating_specs(ctx: Context, round: int, grades: str) -> list[Spec]:
     return [Spec("ratings", ctx.part("ratings", round=round), config, {f"grades/round={round}": grades}, ctx.recipe.seed)]
 
 
-def run(ctx: Context, round: int, trainer: Callable[[], LogProbs] | None = None) -> list[Outcome]:
-    """Grades one round and routes it. trainer: brings the log-probs that an adjustment reads; None: they have to be stored already."""
+def run(ctx: Context, round: int) -> list[Outcome]:
+    """Grades one round and routes it."""
     _need_inputs(ctx, round)
     _refuse_unreliable_verdicts(ctx, round)
     _refuse_old_skips(ctx, round)
     it = grade_spec(ctx, round)
     restore(it)
-    fit = fits.specs(ctx, round) if fits_wanted(ctx, round) else []
-    if current(it) and all(current(r) for r in (*fit, *_rest(ctx, round, it))):
-        return [nothing(r) for r in (it, *fit, *_rest(ctx, round, it))]
+    if current(it) and all(current(r) for r in _rest(ctx, round, it)):
+        return [nothing(r) for r in (it, *_rest(ctx, round, it))]
     for left in ctx.run.glob(".grading.*.tmp"):
         shutil.rmtree(left)
     with scratch(ctx.run) as folder:
         grading = Grading(ctx, round, folder)
         graded = nothing(it) if current(it) else _grade(it, grading)
         grading.use_grades(it.partition.files())
-        fitted = fits.run(ctx, round, grading.fitting(), trainer) if fit and trainer else []
         rated = [_rate(r, grading) for r in _rating_specs(ctx, round, it)]
         routes = _route_specs(ctx, round, it)
         if all(current(r) for r in routes):
-            return [graded, *fitted, *rated, *(nothing(r) for r in routes)]
-        return [graded, *fitted, *rated, *_route(routes, grading)]
+            return [graded, *rated, *(nothing(r) for r in routes)]
+        return [graded, *rated, *_route(routes, grading)]
 
 
 def grade_now(ctx: Context, round: int, folder: Path, scores: Sequence[Path] = ()) -> tuple[list[Path], Path]:

@@ -38,7 +38,6 @@ class LogProbs(Protocol):
         micro_batch_tokens: int,
         *,
         finished: frozenset[str],
-        of: str = "rl",
     ) -> Iterator[pa.Table]: ...
 
 

@@ -20,9 +20,7 @@ from schemas.model import Model, merge
 
 Grade = Literal["easy", "mid", "hard"]
 Role = Literal["old", "ref", "teacher"]
-Adjustment = Literal[
-    "contrast", "leave_one_out", "earlier_rollouts", "posterior", "teacher_by_fit", "teacher_by_coverage", "teacher_by_round"
-]
+Adjustment = Literal["contrast", "leave_one_out", "posterior", "teacher_by_coverage"]
 ALL: tuple[Grade, ...] = ("easy", "mid", "hard")
 
 
@@ -144,22 +142,9 @@ class Method(Model, ABC):
     @model_validator(mode="after")
     def _adjustments_fit(self) -> "Method":
         union = any(self.routing(n).union for n in range(self.rounds_before_rl + 1))
-        rated = any(self.routing(n).discriminator for n in range(self.rounds_before_rl + 1))
-        grpo, enlarged = self.loss.grpo, "earlier_rollouts" in self.adjust
-        for name in self.adjust:
-            if union and name in ("leave_one_out", "earlier_rollouts"):
-                raise ValueError(
-                    f"adjust: {name} takes groups of rollouts alone, and this method's have the trace as a member"
-                )
-        if rated and enlarged:
-            raise ValueError("adjust: earlier_rollouts brings rewards of verdicts, and this method's are a discriminator's")
-        if enlarged and grpo.surrogate == "unclipped":
+        if union and "leave_one_out" in self.adjust:
             raise ValueError(
-                "adjust: earlier_rollouts needs a bound on old rollouts' ratios, and grpo.surrogate = 'unclipped' has none"
-            )
-        if enlarged and "leave_one_out" in self.adjust[: self.adjust.index("earlier_rollouts")]:
-            raise ValueError(
-                "adjust: earlier_rollouts takes advantages anew over the larger group; put leave_one_out behind it"
+                "adjust: leave_one_out takes groups of rollouts alone, and this method's have the trace as a member"
             )
         return self
 

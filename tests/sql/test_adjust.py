@@ -1,6 +1,5 @@
 """Queries over the routed rows (train.method.adjust): rows in, rows out, each against the dumbest version of itself."""
 
-import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -73,6 +72,13 @@ def test_leave_one_out_gives_a_group_without_contrast_exact_zeros_and_leaves_tra
     assert [r for r in rows if r["route"] == "sft"] == [r for r in before if r["route"] == "sft"]
 
 
+@pytest.mark.parametrize("method", ["luffy", "srft"])
+def test_groups_with_the_trace_as_a_member_leave_none_out_and_the_recipe_is_refused(method: str) -> None:
+    with pytest.raises(ValidationError, match="trace as a member"):
+        TypeAdapter(AnyMethod).validate_python({"type": method, "adjust": ["leave_one_out"]})
+    TypeAdapter(AnyMethod).validate_python({"type": method, "adjust": ["contrast"]})
+
+
 # ---------------------------------------------------------------- teachers
 def taught(rows: list[dict]) -> dict[str, list[str]]:
     sft = [r for r in rows if r["route"] == "sft"]
@@ -83,16 +89,6 @@ HARD = {"a": ["wrong"] * 4, "b": ["wrong"] * 4, "c": ["ok", "wrong", "ok", "wron
 TRACES = [trace("a", "u"), trace("a", "t"), trace("a", "t", sample=1), trace("b", "u")]
 
 
-@pytest.mark.parametrize(
-    ("round", "chosen"),
-    [(0, ["a-t0", "a-t1"]), (1, ["a-u0"]), (2, ["a-t0", "a-t1"])],
-)
-def test_by_round_a_prompt_has_its_next_teacher_in_each_round(round: int, chosen: list[str]) -> None:
-    rows = adjusted("teacher_by_round", route(verdicts(HARD), TRACES), round)
-    assert taught(rows) == {"a": chosen, "b": ["b-u0"]}
-    assert len(of_group(rows, "c")) == 4
-
-
 @pytest.mark.parametrize(("u", "chosen"), [(5, ["a-u0"]), (3, ["a-t0", "a-t1"]), (2, ["a-t0", "a-t1"])])
 def test_by_coverage_the_teacher_with_most_verified_prompts_is_taken_and_of_equals_the_first(
     u: int, chosen: list[str]
@@ -100,30 +96,6 @@ def test_by_coverage_the_teacher_with_most_verified_prompts_is_taken_and_of_equa
     coverage = [{"teacher": "t", "prompts": 3}, {"teacher": "u", "prompts": u}]
     rows = adjusted("teacher_by_coverage", route(verdicts(HARD), TRACES), coverage=coverage)
     assert taught(rows) == {"a": chosen, "b": ["b-u0"]}
-
-
-@pytest.mark.parametrize(
-    ("logps", "chosen"),
-    [((-1.0, -0.5, -2.0), "a-t1"), ((-0.1, -0.5, -2.0), "a-t0"), ((-3.0, -3.0, -2.0), "a-u0"), ((-1.0, -1.0, -1.0), "a-t0")],
-)
-def test_by_fit_the_trace_that_the_policy_finds_most_likely_is_taken(logps: tuple[float, ...], chosen: str) -> None:
-    fits = [{"trace_id": i, "logp": x} for i, x in zip(("a-t0", "a-t1", "a-u0", "b-u0"), (*logps, -9.0), strict=True)]
-    rows = adjusted("teacher_by_fit", route(verdicts(HARD), TRACES), fits=fits)
-    assert taught(rows) == {"a": [chosen], "b": ["b-u0"]}
-    assert len(of_group(rows, "c")) == 4
-
-
-def test_a_trace_without_a_fit_is_refused_and_never_left_out() -> None:
-    fits = [{"trace_id": i, "logp": -1.0} for i in ("a-t0", "a-u0", "b-u0")]
-    with pytest.raises(duckdb.Error, match="trace a-t1 has no stored fit"):
-        adjusted("teacher_by_fit", route(verdicts(HARD), TRACES), fits=fits)
-
-
-def test_a_fit_is_the_mean_log_prob_of_a_token() -> None:
-    con = duckdb.connect()
-    rows = [{"round": 0, "role": "fit-t", "item_id": "x", "model": "m", "temperature": 1.0, "logprobs": [-1.0, -2.0, -6.0]}]
-    con.register("fit_logprobs", pa.Table.from_pylist(rows, schema=ARROW["logprobs"]))
-    assert ask(con, sql("fits")).to_pylist() == [{"trace_id": "x", "logp": -3.0}]
 
 
 # ---------------------------------------------------------------- posterior
@@ -181,91 +153,6 @@ def test_a_round_without_grades_keeps_its_gates() -> None:
     supervised = [{**r, "prompt_id": "z"} for r in route(verdicts(HARD), TRACES) if r["route"] == "sft"][:1]
     rows = adjusted("posterior", routed + supervised, 0, grades=[], earlier_grades=[])
     assert [(r["w_sft"], r["item_id"]) for r in rows] == [(1.0, supervised[0]["item_id"])]
-
-
-# ---------------------------------------------------------------- earlier rollouts
-def earlier(prompt: str, round: int, statuses: list[str], rewards: list[float] | None = None) -> dict[str, list[dict]]:
-    found = verdicts({prompt: statuses}, {prompt: rewards} if rewards else None)
-    for row in itertools.chain(found["rollouts"], found["scores"]):
-        row["round"] = round
-        key = "rollout_id" if "rollout_id" in row else "id"
-        row[key] = f"{round}-{row[key]}"
-    for row in found["rollouts"]:
-        row["policy"] = f"p{round}"
-    return found
-
-
-def together(*tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    return {name: [row for t in tables for row in t[name]] for name in ("rollouts", "scores")}
-
-
-def enlarged(*before: dict[str, list[dict]], groups: dict[str, list[str]] = MIXED, round: int = 3) -> list[dict]:
-    now: Any = verdicts(groups)
-    routed = [{**r, "round": round, "source_round": round} for r in route(now, [trace("b")])]
-    for row in itertools.chain(*now.values()):
-        row["round"] = round
-    return adjusted("earlier_rollouts", routed, round, **together(now, *before))
-
-
-def test_a_mid_group_has_the_rollouts_of_the_two_rounds_before_as_members_with_advantages_over_all() -> None:
-    rows = enlarged(
-        earlier("a", 2, ["ok", "ok", "wrong", "wrong"]),
-        earlier("a", 1, ["wrong", "truncated", "wrong", "ok"]),
-        earlier("a", 0, ["ok"] * 4),  # three rounds ago
-        earlier("b", 2, ["ok"] * 4),  # supervised: it has no group
-    )
-    mine = of_group(rows, "a")
-    assert [(r["source_round"], r["sample"]) for r in mine] == [(n, i) for n in (1, 2, 3) for i in range(4)]
-    assert {r["round"] for r in mine} == {3}
-    assert [r["policy"] for r in mine] == ["p1"] * 4 + ["p2"] * 4 + ["p"] * 4
-    want = grpo_advantages([0, 0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 0]).tolist()
-    assert [r["advantage"] for r in mine] == pytest.approx(want, abs=1e-5)
-    assert {(r["group_size"], r["w_grpo"], r["w_gal"], r["w_sft"]) for r in mine} == {(12, 1.0, 1.0, 0.0)}
-    assert {r["group_size"] for r in of_group(rows, "c")} == {4}
-    assert len(rows) == 12 + 4 + 1
-
-
-def test_a_group_of_an_earlier_round_that_is_not_all_judged_or_has_a_member_too_long_stays_out_whole() -> None:
-    long = earlier("a", 2, ["ok"] * 4)
-    long["rollouts"][1] |= {"tokens": [5] * 9, "logprobs": [-0.5] * 9}
-    rows = enlarged(long, earlier("c", 2, ["ok", "error", "ok", "wrong"]), earlier("c", 1, ["unparseable"] * 4))
-    assert len(of_group(rows, "a")) == 4
-    assert [r["source_round"] for r in of_group(rows, "c")] == [1] * 4 + [3] * 4
-
-
-def test_samples_past_k_stay_out() -> None:
-    assert len(of_group(enlarged(earlier("a", 2, ["ok"] * 6)), "a")) == 8
-
-
-def test_an_answer_without_a_reward_of_its_own_has_the_lowest_of_the_enlarged_group_whatever_its_round() -> None:
-    now = {"a": ["ok", "wrong", "truncated", "wrong"]}
-    rows = of_group(enlarged(earlier("a", 2, ["wrong", "truncated", "ok", "ok"], [-1.0, 0.0, 1.0, 1.0]), groups=now), "a")
-    assert [r["reward"] for r in rows] == [-1.0, -1.0, 1.0, 1.0, 1.0, 0.0, -1.0, 0.0]
-    assert [r["advantage"] for r in rows] == pytest.approx(grpo_advantages([-1, -1, 1, 1, 1, 0, -1, 0]).tolist(), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("method", "why"),
-    [
-        ({"type": "luffy", "adjust": ["leave_one_out"]}, "trace as a member"),
-        ({"type": "srft", "adjust": ["earlier_rollouts"]}, "trace as a member"),
-        ({"type": "prism", "adjust": ["earlier_rollouts"]}, "discriminator"),
-        ({"type": "hpt", "adjust": ["earlier_rollouts"]}, "unclipped"),
-        ({"type": "dypo", "adjust": ["leave_one_out", "earlier_rollouts"]}, "behind it"),
-    ],
-)
-def test_an_adjustment_that_a_methods_groups_cannot_take_is_refused_with_the_recipe(method: dict, why: str) -> None:
-    with pytest.raises(ValidationError, match=why):
-        TypeAdapter(AnyMethod).validate_python(method)
-    TypeAdapter(AnyMethod).validate_python(
-        {**method, "adjust": method["adjust"][::-1][:1] if "dypo" in method.values() else []}
-    )
-
-
-def test_without_earlier_rounds_nothing_changes() -> None:
-    routed = route(verdicts(MIXED), [trace("b")])
-    same = adjusted("earlier_rollouts", routed, 0, **verdicts(MIXED))
-    assert same == routed
 
 
 # ---------------------------------------------------------------- contrast
