@@ -135,8 +135,8 @@ def _left_out(found: dict[str, Any]) -> list[str]:
             out.append(f"{names}: not measured, {found['gated'][route]} prompts; at least {found['min_prompts']} are needed")
     if found["prompts"]["rl"] and "gal" not in found["components"]:
         out.append("GAL and mix: not measured, GAL's weight in the loss is 0")
-    if found["prompts"]["rl"] and found["sampling"] is None and found["adjusted"]:
-        out.append(f"within prompts: not measured, {' and '.join(found['adjusted'])} made groups that halves are not like")
+    if found["prompts"]["rl"] and found["left_one_out"]:
+        out.append("within prompts: not measured, leave_one_out made groups that halves are not like")
     elif found["prompts"]["rl"] and found["sampling"] is None:
         out.append(
             "within prompts: not measured, fewer than "

@@ -49,8 +49,6 @@ from trainer.variance import (
 
 MIN_PROMPTS = 10  # below, a bootstrap interval over prompts says too little (docs/probe.md has its coverage)
 SPLITS = 4  # random halvings of a group
-# groups whose halves would not be like them: their sampling noise is not measured
-ADJUSTED = {"leave_one_out"}
 Part = tuple[Sequence[int], Unit]  # some rows of a unit (their places, and the rows), as a group of their own
 
 
@@ -110,9 +108,12 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
 
     sketches: dict[str, list[Array]] = {name: [] for route in names.values() for name in route}
     halves = Halves()
+    left_one_out = (
+        "leave_one_out" in method.adjust
+    )  # a half of such a group is not like it: its sampling noise is not measured
     for done, visit in enumerate(visits):
         unit = shards.rows(visit.items)
-        splits = _splits(unit, job) if visit.route == "rl" and not ADJUSTED & set(method.adjust) else []
+        splits = _splits(unit, job) if visit.route == "rl" and not left_one_out else []
         parts: list[Part] = [(range(len(unit)), unit)]
         parts += [_half(unit, at, loss) for pair in splits for at in pair]
         gradients = part_gradients(model, unit, parts, names[visit.route], loss)
@@ -126,7 +127,7 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
         job.tell(done + 1, len(visits))
     return {
         "min_prompts": MIN_PROMPTS,
-        "adjusted": sorted(ADJUSTED & set(map(str, method.adjust))),
+        "left_one_out": left_one_out,
         "parameters": parameters,
         "sketch": None if sketch.exact else sketch.width,
         "gated": {route: gated[route] for route in ("rl", "sft")},

@@ -34,7 +34,7 @@ def found(**changes: Any) -> dict[str, Any]:
         "policy": "0123456789abcdef",
         "on_policy": True,
         "min_prompts": 10,
-        "adjusted": [],
+        "left_one_out": False,
         "parameters": 5000,
         "sketch": 1024,
         "gated": {"rl": 40, "sft": 7},
