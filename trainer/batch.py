@@ -83,14 +83,14 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu", *, share: bool
             at += length
         start = block.stop
     temperatures = np.repeat([row.temperature for row in rows], [len(row.tokens) for row in rows])
-    read, at_N = np.unique(np.stack([np.concatenate(slots), temperatures]), axis=1, return_inverse=True)
+    read, at_N = np.unique(np.concatenate(slots) + 1j * temperatures, return_inverse=True)  # by slot, then by temperature
     return Batch(
         blocks=tuple(blocks),
         input_ids_S=torch.from_numpy(np.concatenate(ids)).to(device),
         positions_S=torch.from_numpy(np.concatenate(positions)).to(device),
-        slot_U=torch.from_numpy(read[0].astype(np.int64)).to(device),
-        temperature_U=torch.from_numpy(read[1]).to(device),
-        at_N=torch.from_numpy(at_N.reshape(-1)).to(device),
+        slot_U=torch.from_numpy(read.real.astype(np.int64)).to(device),
+        temperature_U=torch.from_numpy(read.imag.copy()).to(device),
+        at_N=torch.from_numpy(at_N).to(device),
         target_N=torch.from_numpy(np.concatenate([row.tokens for row in rows])).to(device),
         mask_BT=padded([np.ones(len(row.tokens), dtype=bool) for row in rows]).to(device),
     )

@@ -1,6 +1,9 @@
 """Log-probs of stored rows: the reference role, one response at a time, temperature by row."""
 
+import signal
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +61,28 @@ def test_a_model_without_logits_to_keep_gives_the_same(model: LlamaForCausalLM) 
     with torch.no_grad():
         a, b = PolicyLM(model)(batch)[0], PolicyLM(Plain())(batch)[0]
     torch.testing.assert_close(a, b)
+
+
+@pytest.mark.timeout(300, method="thread")  # the other method has the same alarm
+def test_ctrl_c_while_rows_are_packed_stays_a_ctrl_c() -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    table = make_shards(mid=40)
+    rows = Shards(table, None).rows([(r["route"], r["item_id"]) for r in table.to_pylist()])
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for at in np.linspace(
+            1e-4, 3e-3, 1000
+        ):  # C code that calls back into Python may put an error of its own in its place
+            with suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, at)
+                for _ in range(1000):
+                    pack(rows)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_sequence_logprobs_take_a_folder_or_a_model(policy_folder: Path, model: LlamaForCausalLM) -> None:
