@@ -21,6 +21,7 @@ from schemas.errors import DypoError, Reported, UserError, WorkError
 from trainer.team import LAUNCHER, LEFT_ALONE
 
 INTERRUPTED = 130
+PATIENCE_S = "5"  # how long a rank that was told to end may take: one that waits for another in C++ does not hear it
 TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # signals that torch's launcher handles
 
 
@@ -31,8 +32,9 @@ def launch(command: list[str], processes: int, env: dict[str, str]) -> None:
     and Reported if a rank ended with a traceback.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)  # ranks that each use all cores wait for each other
-    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), LAUNCHER: str(os.getpid()), **env}
-    with tempfile.TemporaryDirectory(prefix="dypo-ranks-") as logs:
+    defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": PATIENCE_S}
+    env = {LAUNCHER: str(os.getpid()), **{key: os.environ.get(key, value) for key, value in defaults.items()}, **env}
+    with tempfile.TemporaryDirectory(prefix="dypo-ranks-") as logs, _borrowed(env):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -46,8 +48,7 @@ def launch(command: list[str], processes: int, env: dict[str, str]) -> None:
         )
         ended: BaseException | None = None
         try:
-            with _borrowed(env):
-                elastic_launch(config, command[0])(*command[1:])
+            elastic_launch(config, command[0])(*command[1:])
         except (ChildFailedError, SignalException) as e:
             ended = e
     if isinstance(ended, ChildFailedError):

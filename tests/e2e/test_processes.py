@@ -165,6 +165,21 @@ def test_a_rank_killed_and_then_ctrl_c_each_end_at_once_and_the_round_ends_bitwi
     assert_bitwise(a_graded_run, two)
 
 
+def test_ctrl_c_ends_ranks_that_do_not_hear_it(a_graded_run: Path) -> None:
+    def act(process: subprocess.Popen, alive: dict[int, int]) -> None:
+        os.kill(alive[1], signal.SIGSTOP)  # and rank 0 waits for it, which no signal ends
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        asked.append(time.monotonic())
+
+    asked: list[float] = []
+    stopped = disturbed(a_graded_run, 2, act)
+    assert time.monotonic() - asked[0] < 20, "torch's launcher would wait for 30 s"
+    assert stopped.returncode == 130
+    assert stopped.stderr == "interrupted: finished rows are kept; the same command goes on\n"
+    assert not ranks(a_graded_run)
+
+
 def test_what_every_rank_refuses_is_said_once_and_what_was_set_stays_out_of_the_run(a_graded_run: Path) -> None:
     before = (a_graded_run / "recipe.toml").read_text()
     got = dypo(*train(a_graded_run), "--set", "train.lora.target_modules=['no_such_layer']", env=ENV, check=False)
