@@ -5,12 +5,14 @@ Exit codes: 0 done; 2 refused before work (usage, recipe, data); 1 work began an
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -51,6 +53,7 @@ def main() -> None:
 
     end_with_starter()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    interrupts = _noted_interrupts()
     try:
         if app(standalone_mode=False) == 130:  # typer turns Ctrl-C into this return value
             raise KeyboardInterrupt
@@ -61,15 +64,34 @@ def main() -> None:
     except typer.Exit as e:
         _leave(e.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        if _launcher() is None:
-            print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
-        _leave(130)
+        _interrupted()
     except Exception as e:
+        if interrupts:
+            _interrupted()
         if hasattr(e, "exit_code") and hasattr(e, "format_message"):  # a usage error of the command line
             e.show() if hasattr(e, "show") else print(e, file=sys.stderr)  # type: ignore[attr-defined]
             _leave(2)
         raise
     _leave(0)
+
+
+def _noted_interrupts() -> list[int]:
+    """Grows with every Ctrl-C: C code may raise an error of its own in place of KeyboardInterrupt, as DuckDB does."""
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell's background job ignores it
+        signal.signal(signal.SIGINT, interrupt)
+    return noted
+
+
+def _interrupted() -> NoReturn:
+    if _launcher() is None:
+        print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
+    _leave(130)
 
 
 def _say(e: DypoError) -> None:
@@ -85,7 +107,7 @@ def _launcher() -> str | None:
     return os.environ.get("TORCHELASTIC_ERROR_FILE") if "DYPO_LAUNCHER" in os.environ else None
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code) if code == 0 and "duckdb" in sys.modules else sys.exit(code)

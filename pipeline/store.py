@@ -417,12 +417,7 @@ def view_parts(
 
 def ask(con: "duckdb.DuckDBPyConnection", text: str, **parameters: object) -> pa.Table:
     """The whole result of one query as Arrow."""
-    try:
-        return con.sql(text, params=parameters or None).to_arrow_table()
-    except RuntimeError as e:
-        if "interrupted" in str(e).lower():  # what DuckDB makes of Ctrl-C
-            raise KeyboardInterrupt from None
-        raise
+    return con.sql(text, params=parameters or None).to_arrow_table()
 
 
 def stream(

@@ -31,9 +31,13 @@ class CleanForkContext(ForkServerContext):
         return started
 
     def stop(self) -> None:
-        stop = getattr(self.server, "_stop", None)  # private, but there since 3.4; without it the server ends with us
-        if stop is not None:
-            stop()
+        _stop(self.server)
+
+
+def _stop(server: forkserver.ForkServer) -> None:
+    stop = getattr(server, "_stop", None)  # private, but there since 3.4; without it the server ends with us
+    if stop is not None:
+        stop()
 
 
 class _Process(process.BaseProcess):
@@ -70,7 +74,11 @@ class _Popen(popen_forkserver.Popen):
         self.finalizer = util.Finalize(self, _close, (parent_writer, self.sentinel))
         with open(writer, "wb") as pipe:
             pipe.write(message.getbuffer())
-        self.pid = forkserver.read_signed(self.sentinel)
+        try:
+            self.pid = forkserver.read_signed(self.sentinel)  # waits while the server loads what the workers need
+        except KeyboardInterrupt:  # then the child would begin when what it is to read is gone
+            _stop(process_obj.server)
+            raise
 
 
 def _close(*descriptors: int) -> None:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -72,12 +73,17 @@ def test_weights_that_do_not_load_leave_the_rows_that_were_to_be_made_again(a_co
     assert "nothing to do" in dypo("generate", "rollouts", a_copy, "--round", 0).stdout
 
 
-def test_ctrl_c_ends_a_stage_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "run", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def started(*args: object) -> subprocess.Popen[str]:
+    """The command in a fresh process that hears a Ctrl-C, which a shell's background job ignores."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
+
+
+def test_ctrl_c_ends_a_stage_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    process = started("run", path)
     assert process.stdout is not None
     process.stdout.readline()  # prompts are made; teachers and evals are not
     process.send_signal(signal.SIGINT)
@@ -86,6 +92,20 @@ def test_ctrl_c_ends_a_stage_with_130_and_the_same_command_goes_on(tmp_path: Pat
     assert "the same command goes on" in told
     assert "Traceback" not in told
     assert "nothing to do" in dypo("ingest", path).stdout
+
+
+def test_ctrl_c_in_the_midst_of_a_query_is_told_as_one_too(a_copy: Path, tmp_path: Path) -> None:
+    """DuckDB raises a RuntimeError in its place."""
+    endless = tmp_path / "endless.sql"
+    counts = "(select count(*) from range(1000000000000))"
+    endless.write_text(f"from ({(ROOT / 'pipeline/sql/grade.sql').read_text()}) where {counts} > 0")
+    process = started("grade", a_copy, "--round", 1, "--set", f"grade.query={endless}")
+    while process.poll() is None and "endless" not in (a_copy / "recipe.toml").read_text():
+        time.sleep(0.1)
+    time.sleep(3)  # what comes before the query
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "interrupted: finished rows are kept; the same command goes on\n")
 
 
 def test_a_prompt_without_an_answer_is_refused_by_file_and_row(tmp_path: Path) -> None:

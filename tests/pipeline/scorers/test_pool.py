@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -239,8 +240,8 @@ def started(tmp_path, user_file, how, *, text="print", limit=5.0):
         [sys.executable, *arguments],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=PIPE,
+        stderr=PIPE,
         text=True,
     )
 
@@ -269,6 +270,23 @@ def test_an_ended_run_leaves_no_worker_behind_even_a_hung_one(tmp_path, user_fil
     while any(running_still(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(running_still(pid) for pid in workers)
+
+
+@pytest.mark.parametrize("after", [0.2, 0.4, 0.6])
+def test_ctrl_c_while_the_workers_load_what_they_need_is_all_that_is_told(after):
+    code = (
+        "import signal; from pipeline.scorers.pool import VerdictPool; from schemas.scorers import MathScorer\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); print('begin', flush=True)\n"
+        "with VerdictPool({'m': MathScorer()}, workers=2, timeout_s=5, memory_mb=512): signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        time.sleep(after)
+        run.send_signal(signal.SIGINT)
+        _, told = run.communicate(timeout=30)
+    assert told.endswith("KeyboardInterrupt\n")
+    assert told.count("Traceback") == 1, told
 
 
 def running_still(pid):
