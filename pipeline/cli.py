@@ -5,18 +5,17 @@ Exit codes: 0 done; 2 refused before work (usage, recipe, data); 1 work began an
 
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from schemas.errors import DypoError, Reported, UserError, WorkError
+from pipeline.interrupts import Interrupts
+from schemas.errors import INTERRUPTED, DypoError, Reported, UserError, WorkError
 
 if TYPE_CHECKING:
     from pipeline.context import Context
@@ -53,45 +52,32 @@ def main() -> None:
 
     end_with_starter()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    interrupts = _noted_interrupts()
+    interrupts = Interrupts()
+    code = 0
     try:
-        if app(standalone_mode=False) == 130:  # typer turns Ctrl-C into this return value
-            raise KeyboardInterrupt
-    except DypoError as e:
-        if not isinstance(e, Reported):
-            _say(e)
-        _leave(e.exit_code)
+        if app(standalone_mode=False) == INTERRUPTED:  # typer turns Ctrl-C into this return value
+            code = INTERRUPTED
     except typer.Exit as e:
-        _leave(e.exit_code)
+        code = e.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _interrupted()
+        code = INTERRUPTED
     except Exception as e:
-        if interrupts:
-            _interrupted()
-        if hasattr(e, "exit_code") and hasattr(e, "format_message"):  # a usage error of the command line
+        if interrupts.recent():
+            code = INTERRUPTED
+        elif isinstance(e, DypoError):
+            if not isinstance(e, Reported):
+                _say(e)
+            code = e.exit_code
+        elif hasattr(e, "exit_code") and hasattr(e, "format_message"):  # a usage error of the command line
             e.show() if hasattr(e, "show") else print(e, file=sys.stderr)  # type: ignore[attr-defined]
-            _leave(2)
-        raise
-    _leave(0)
-
-
-def _noted_interrupts() -> list[int]:
-    """Grows with every Ctrl-C: C code may raise an error of its own in place of KeyboardInterrupt, as DuckDB does."""
-    noted: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        signal.default_int_handler(number, frame)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell's background job ignores it
-        signal.signal(signal.SIGINT, interrupt)
-    return noted
-
-
-def _interrupted() -> NoReturn:
-    if _launcher() is None:
+            code = 2
+        else:
+            raise
+    if code == INTERRUPTED and _launcher() is None:
         print("interrupted: finished rows are kept; the same command goes on", file=sys.stderr)
-    _leave(130)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code == 0 and "duckdb" in sys.modules else sys.exit(code)
 
 
 def _say(e: DypoError) -> None:
@@ -105,12 +91,6 @@ def _say(e: DypoError) -> None:
 def _launcher() -> str | None:
     """Where a rank that trainer/launch.py started leaves what it has to say; None for any other process."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE") if "DYPO_LAUNCHER" in os.environ else None
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if code == 0 and "duckdb" in sys.modules else sys.exit(code)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.interrupts import database
 from pipeline.store import ask, sql
 from schemas.tables import ARROW
 
@@ -43,10 +44,8 @@ def normal_words(text: str) -> str:
 
 def contamination(prompts: pa.Table, ngram: int) -> pa.Table:
     """Rows of table `contamination`. `prompts` have prompt_id, messages, source and split."""
-    import duckdb
-
     with tempfile.TemporaryDirectory() as spill:
-        con = duckdb.connect(config={"memory_limit": MEMORY, "temp_directory": spill})
+        con = database(memory_limit=MEMORY, temp_directory=spill)
         con.register("problems", _problems(prompts))
         found = ask(con, sql("contamination"), ngram=ngram, shortest=min(SHORTEST, ngram), common=COMMON)
         con.close()

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.interrupts import database
 from schemas.tables import TABLES
 
 BATCH = 1 << 17
@@ -55,14 +56,12 @@ def sorted_rows(
     paths: list[Path], columns: Iterable[str], key: Iterable[str], where: str = "true"
 ) -> Iterable[pa.RecordBatch]:
     """Columns of parts in the order of their key, as a stream, sorted on disk: a megabyte for each ROWS_PER_MB, past the first."""
-    import duckdb
-
     if not paths:
         return []
 
     memory = max(MEMORY_MB, sum(pq.read_metadata(path).num_rows for path in paths) // ROWS_PER_MB)
     spill = str(paths[0].parent / ".sort.tmp")
-    con = duckdb.connect(config={"memory_limit": f"{memory}MB", "threads": 1, "temp_directory": spill})
+    con = database(memory_limit=f"{memory}MB", threads=1, temp_directory=spill)
     names, keys = (", ".join(f'"{c}"' for c in each) for each in (columns, key))
     source = "read_parquet($paths, hive_partitioning=false, union_by_name=true)"
     query = f"select {names} from {source} where {where} order by {keys}"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.interrupts import database
 from schemas.columns import META_TABLE, META_VERSION, SCHEMA_VERSION
 from schemas.errors import UserError, WorkError
 from schemas.manifest import Manifest
@@ -352,9 +353,7 @@ def open_views(*runs: Path) -> "duckdb.DuckDBPyConnection":
 
     Several runs share the views: their rows have a first column `run`, the folder's name (its path where names are alike).
     """
-    import duckdb
-
-    con = duckdb.connect()
+    con = database()
     names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else [str(run) for run in runs]
 
     def view(name: str, table: str, files: Callable[[Path], dict[Path, int]]) -> None:
@@ -371,9 +370,7 @@ def open_views(*runs: Path) -> "duckdb.DuckDBPyConnection":
 
 def named_views(runs: Mapping[str, Path], tables: Iterable[str]) -> "duckdb.DuckDBPyConnection":
     """The same of many runs, which the caller names in column `run`: one scan a table, not one for each run."""
-    import duckdb
-
-    con = duckdb.connect()
+    con = database()
     for table in tables:
         of = {str(path): (name, version) for name, run in runs.items() for path, version in _listed(table, run).items()}
         con.register(

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.context import Context, load
 from pipeline.grading import scratch
+from pipeline.interrupts import database
 from pipeline.stages.grade import grade_now
 from pipeline.store import ask, sql, view_parts
 from schemas.errors import UserError
@@ -82,10 +83,8 @@ def what_if(target: Path, overrides: list[str], round: int | None, settings: lis
 def compared(round: int, now: tuple[Context, list[Path]], then: tuple[Context, list[Path]]) -> dict[str, Any]:
     """prompts, moves, routes and changed of a round graded twice: by a context each, with the verdicts of those parts in place of
     the stored ones."""
-    import duckdb
-
     with scratch(None) as folder:
-        con = duckdb.connect()
+        con = database()
         for name, (ctx, scores) in (("now", now), ("then", then)):
             grades, lengths = grade_now(ctx, round, folder / name, scores)
             view_parts(con, f"grades_{name}", grades, ARROW["grades"])

@@ -3,6 +3,8 @@
 A message names the file, the row or key, what was expected, what was found and the way out.
 """
 
+INTERRUPTED = 130  # the exit code after a Ctrl-C
+
 
 class DypoError(Exception):
     """Work began and failed: what was finished is kept. The command exits with 1."""

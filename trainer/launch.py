@@ -17,10 +17,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from schemas.errors import DypoError, Reported, UserError, WorkError
+from schemas.errors import INTERRUPTED, DypoError, Reported, UserError, WorkError
 from trainer.team import LAUNCHER, LEFT_ALONE
 
-INTERRUPTED = 130
 PATIENCE_S = "5"  # how long a rank that was told to end may take: one that waits for another in C++ does not hear it
 TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # signals that torch's launcher handles
 
@@ -34,23 +33,23 @@ def launch(command: list[str], processes: int, env: dict[str, str]) -> None:
     threads = max(1, (os.cpu_count() or 1) // processes)  # ranks that each use all cores wait for each other
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": PATIENCE_S}
     env = {LAUNCHER: str(os.getpid()), **{key: os.environ.get(key, value) for key, value in defaults.items()}, **env}
-    with tempfile.TemporaryDirectory(prefix="dypo-ranks-") as logs, _borrowed(env):
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )
-        ended: BaseException | None = None
-        try:
+    ended: BaseException | None = None
+    try:
+        with tempfile.TemporaryDirectory(prefix="dypo-ranks-") as logs, _borrowed(env):
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=processes,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                max_restarts=0,
+                monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )
             elastic_launch(config, command[0])(*command[1:])
-        except (ChildFailedError, SignalException) as e:
-            ended = e
+    except (ChildFailedError, SignalException) as e:
+        ended = e
     if isinstance(ended, ChildFailedError):
         raise _why(ended.failures)
     if isinstance(ended, SignalException):

@@ -12,7 +12,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver, popen_forkserver, process, reduction, spawn, util
 from multiprocessing.context import ForkServerContext, set_spawning_popen
 from typing import Any
@@ -34,10 +35,12 @@ class CleanForkContext(ForkServerContext):
         _stop(self.server)
 
 
-def _stop(server: forkserver.ForkServer) -> None:
-    stop = getattr(server, "_stop", None)  # private, but there since 3.4; without it the server ends with us
-    if stop is not None:
-        stop()
+def _stop(server: Any, at_once: bool = False) -> None:
+    """With what is private to multiprocessing, but there since 3.4; without it the server ends with us."""
+    if hasattr(server, "_stop"):
+        if at_once and server._forkserver_pid is not None:
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
 
 
 class _Process(process.BaseProcess):
@@ -69,16 +72,26 @@ class _Popen(popen_forkserver.Popen):
             reduction.dump(process_obj, message)
         finally:
             set_spawning_popen(None)
-        self.sentinel, writer = process_obj.server.connect_to_new_process(self._fds)
-        parent_writer = os.dup(writer)  # the child sees its parent end by this one closing
-        self.finalizer = util.Finalize(self, _close, (parent_writer, self.sentinel))
-        with open(writer, "wb") as pipe:
-            pipe.write(message.getbuffer())
         try:
+            with _ctrl_c_waits():  # the server inherits that: a Ctrl-C in a terminal is for us alone
+                self.sentinel, writer = process_obj.server.connect_to_new_process(self._fds)
+                parent_writer = os.dup(writer)  # the child sees its parent end by this one closing
+                self.finalizer = util.Finalize(self, _close, (parent_writer, self.sentinel))
+                with open(writer, "wb") as pipe:
+                    pipe.write(message.getbuffer())
             self.pid = forkserver.read_signed(self.sentinel)  # waits while the server loads what the workers need
-        except KeyboardInterrupt:  # then the child would begin when what it is to read is gone
-            _stop(process_obj.server)
+        except KeyboardInterrupt:  # without this the child would begin when what it is to read is gone
+            _stop(process_obj.server, at_once=True)
             raise
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _close(*descriptors: int) -> None:

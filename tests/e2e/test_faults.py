@@ -104,7 +104,10 @@ def test_ctrl_c_in_the_midst_of_a_query_is_told_as_one_too(a_copy: Path, tmp_pat
         time.sleep(0.1)
     time.sleep(3)  # what comes before the query
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    try:
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, told) == (130, "interrupted: finished rows are kept; the same command goes on\n")
 
 

@@ -64,6 +64,7 @@ def test_a_model_without_logits_to_keep_gives_the_same(model: LlamaForCausalLM) 
 
 
 @pytest.mark.timeout(300, method="thread")  # the other method has the same alarm
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer Python ignores it
 def test_ctrl_c_while_rows_are_packed_stays_a_ctrl_c() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

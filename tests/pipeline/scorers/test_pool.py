@@ -279,11 +279,13 @@ def test_ctrl_c_while_the_workers_load_what_they_need_is_all_that_is_told(after)
         "signal.signal(signal.SIGINT, signal.default_int_handler); print('begin', flush=True)\n"
         "with VerdictPool({'m': MathScorer()}, workers=2, timeout_s=5, memory_mb=512): signal.pause()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+    ) as run:
         assert run.stdout is not None
         run.stdout.readline()
         time.sleep(after)
-        run.send_signal(signal.SIGINT)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the server and its workers are told, too
         _, told = run.communicate(timeout=30)
     assert told.endswith("KeyboardInterrupt\n")
     assert told.count("Traceback") == 1, told
