@@ -84,7 +84,8 @@ class OpenAITeacher:
         try:
             while left:
                 try:
-                    item = results.get(timeout=max(0.0, began + FLUSH_S - time.monotonic()) if batch else None)
+                    # Never without an end: a Ctrl-C at the moment when a wait begins is noticed when it ends.
+                    item = results.get(timeout=max(0.0, began + FLUSH_S - time.monotonic()))
                 except queue.Empty:
                     item = []
                 if isinstance(item, BaseException):

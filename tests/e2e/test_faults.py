@@ -74,11 +74,9 @@ def test_weights_that_do_not_load_leave_the_rows_that_were_to_be_made_again(a_co
 
 
 def started(*args: object) -> subprocess.Popen[str]:
-    """The command in a fresh process that hears a Ctrl-C, which a shell's background job ignores."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    """The command in a fresh process."""
+    command = [sys.executable, "-m", "pipeline", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def test_ctrl_c_ends_a_stage_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -17,12 +17,8 @@ from pipeline.store import ask
 
 @pytest.fixture
 def listening() -> Iterator[Interrupts]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    try:
-        yield Interrupts()
-    finally:
-        signal.signal(signal.SIGINT, before)
-        signal.set_wakeup_fd(-1)
+    yield Interrupts()
+    signal.set_wakeup_fd(-1)
 
 
 def test_a_ctrl_c_is_noticed_and_python_s_own_handler_stays(listening: Interrupts) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import termios
@@ -39,7 +38,6 @@ class Terminal:
 
     @staticmethod
     def _own_terminal() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def type(self, keys: str) -> None:
