@@ -17,9 +17,7 @@ from weakref import WeakSet
 if TYPE_CHECKING:
     import duckdb
 
-RECENT_S = (
-    10.0  # an error so soon after a Ctrl-C is taken for its doing; one that something swallowed explains none for ever
-)
+RECENT_S = 10.0  # an error so soon after a Ctrl-C is taken for its doing
 
 _open: WeakSet[Any] = WeakSet()
 _opening = threading.Lock()

@@ -11,9 +11,7 @@ from tests import synthetic_run
 if TYPE_CHECKING:
     import duckdb
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in a shell's background job; what the tests start would ignore it, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, and all that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

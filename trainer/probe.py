@@ -108,9 +108,7 @@ def probe_variance(job: VarianceJob) -> dict[str, Any]:
 
     sketches: dict[str, list[Array]] = {name: [] for route in names.values() for name in route}
     halves = Halves()
-    left_one_out = (
-        "leave_one_out" in method.adjust
-    )  # a half of such a group is not like it: its sampling noise is not measured
+    left_one_out = "leave_one_out" in method.adjust  # a half of such a group is not like it: no sampling noise of it
     for done, visit in enumerate(visits):
         unit = shards.rows(visit.items)
         splits = _splits(unit, job) if visit.route == "rl" and not left_one_out else []

@@ -66,6 +66,8 @@ def test_a_model_without_logits_to_keep_gives_the_same(model: LlamaForCausalLM) 
 @pytest.mark.timeout(300, method="thread")  # the other method has the same alarm
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a finalizer Python ignores it
 def test_ctrl_c_while_rows_are_packed_stays_a_ctrl_c() -> None:
+    """C code that calls back into Python may put an error of its own in its place, as numpy's structured comparison does."""
+
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
@@ -73,9 +75,7 @@ def test_ctrl_c_while_rows_are_packed_stays_a_ctrl_c() -> None:
     rows = Shards(table, None).rows([(r["route"], r["item_id"]) for r in table.to_pylist()])
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for at in np.linspace(
-            1e-4, 3e-3, 1000
-        ):  # C code that calls back into Python may put an error of its own in its place
+        for at in np.linspace(1e-4, 3e-3, 1000):
             with suppress(KeyboardInterrupt):
                 signal.setitimer(signal.ITIMER_REAL, at)
                 for _ in range(1000):
