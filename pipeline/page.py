@@ -172,7 +172,7 @@ th.n, td.n {{ text-align: right; padding-right: 18px; white-space: nowrap; }}
 .chip {{ color: #fff; border-radius: 4px; padding: 1px 8px; font-size: 12px; font-weight: 600; }}
 .status {{ font-weight: 650; }}
 .dot {{ display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 5px; }}
-.bar {{ display: flex; width: 100%; min-width: 110px; height: 10px; border-radius: 3px; overflow: hidden; }}
+.bar {{ display: flex; width: 100%; min-width: 40px; height: 10px; border-radius: 3px; overflow: hidden; }}
 .bar i {{ display: block; height: 100%; }}
 .card .bar {{ margin-top: 7px; }}
 .moves {{ width: auto; }}
